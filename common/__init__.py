@@ -1,0 +1,1 @@
+"""The shared core: vocabulary, event loop, KV planes, scheduling, executors, costs and results."""
