@@ -1,0 +1,47 @@
+"""The whole loop: events in, commands out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from common.policy import Executor, Policy
+from common.record import RunRecord
+from common.types import Event
+
+Log = Callable[[int, Event], None]
+
+
+def drive(
+    policy: Policy,
+    executor: Executor,
+    record: RunRecord,
+    log: Log | None = None,
+    sample_ns: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Deliver events until the source is exhausted and nothing lives.
+
+    `log` sees every event before the policy does. Gauges are sampled every `sample_ns` of event time (0: never), at
+    the first event at or after each mark, so sampling never changes the run. `progress` gets the event time then.
+    """
+    poll, submit, on_event = executor.poll, executor.submit, policy.on_event
+    next_sample = 0 if sample_ns else (1 << 63) - 1
+    num_events = num_commands = 0
+    try:
+        while (item := poll()) is not None:
+            now_ns, event = item
+            num_events += 1
+            if log is not None:
+                log(now_ns, event)
+            for command in on_event(now_ns, event):
+                num_commands += 1
+                submit(command)
+            if now_ns >= next_sample:
+                for gauge in policy.gauges():
+                    record.timeline.sample(now_ns, gauge)
+                next_sample = now_ns - now_ns % sample_ns + sample_ns
+                if progress is not None:
+                    progress(now_ns)
+    finally:
+        record.num_events += num_events
+        record.num_commands += num_commands

@@ -1,0 +1,109 @@
+"""What a run leaves behind, in columns: filled by the executor and the driver, read by metrics and figures."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from common.policy import Gauge
+
+
+def _column() -> array[int]:
+    return array("q")
+
+
+@dataclass(slots=True)
+class RequestColumns:
+    """One row per request of the workload, in its order; times in ns, -1 = never happened."""
+
+    arrival_ns: array[int]
+    first_token_ns: array[int]
+    finish_ns: array[int]
+    prompt_tokens: array[int]
+    output_tokens: array[int]  # generated so far: the true length once finished
+    status: array[int]  # RequestStatus
+    num_preemptions: array[int]
+    num_migrations: array[int]
+    cached_tokens: array[int]  # prompt tokens found in a prefix cache at the first admission
+    instance: array[int]  # where it finished, -1 unknown
+    reasons: dict[int, str] = field(default_factory=dict)  # of rejected requests
+
+    @classmethod
+    def empty(cls, num_requests: int) -> RequestColumns:
+        """Columns for `num_requests` requests, none of which has arrived."""
+        never = array("q", [-1]) * num_requests
+        zero = array("q", [0]) * num_requests
+        return cls(never[:], never[:], never[:], zero[:], zero[:], zero[:], zero[:], zero[:], zero[:], never[:])
+
+
+@dataclass(slots=True)
+class SegmentColumns:
+    """Runs of equal iterations of a lane: `iterations` of them from start to end, each giving one token to each of
+    `decodes` requests and computing `prefill_tokens` (all iterations together). The source of ITL and of busy time."""
+
+    start_ns: array[int] = field(default_factory=_column)
+    end_ns: array[int] = field(default_factory=_column)
+    lane: array[int] = field(default_factory=_column)
+    instance: array[int] = field(default_factory=_column)  # of the first stage
+    iterations: array[int] = field(default_factory=_column)
+    decodes: array[int] = field(default_factory=_column)
+    prefill_tokens: array[int] = field(default_factory=_column)
+
+
+@dataclass(slots=True)
+class TimelineColumns:
+    """Samples of the policy's gauges."""
+
+    time_ns: array[int] = field(default_factory=_column)
+    instance: array[int] = field(default_factory=_column)
+    running: array[int] = field(default_factory=_column)
+    waiting: array[int] = field(default_factory=_column)
+    kv_used_blocks: array[int] = field(default_factory=_column)
+    kv_capacity_blocks: array[int] = field(default_factory=_column)
+    kv_cached_blocks: array[int] = field(default_factory=_column)
+    kv_lent_blocks: array[int] = field(default_factory=_column)
+    kv_borrowed_blocks: array[int] = field(default_factory=_column)
+    param_bytes: array[int] = field(default_factory=_column)
+
+    def sample(self, now_ns: int, gauge: Gauge) -> None:
+        """Append one row."""
+        self.time_ns.append(now_ns)
+        self.instance.append(gauge.instance)
+        self.running.append(gauge.running)
+        self.waiting.append(gauge.waiting)
+        self.kv_used_blocks.append(gauge.kv_used_blocks)
+        self.kv_capacity_blocks.append(gauge.kv_capacity_blocks)
+        self.kv_cached_blocks.append(gauge.kv_cached_blocks)
+        self.kv_lent_blocks.append(gauge.kv_lent_blocks)
+        self.kv_borrowed_blocks.append(gauge.kv_borrowed_blocks)
+        self.param_bytes.append(gauge.param_bytes)
+
+
+@dataclass(slots=True)
+class MoveColumns:
+    """Bytes that crossed a link: copies, swaps and parameter loads, `kind` names the command."""
+
+    start_ns: array[int] = field(default_factory=_column)
+    end_ns: array[int] = field(default_factory=_column)
+    src: array[int] = field(default_factory=_column)
+    dst: array[int] = field(default_factory=_column)
+    num_bytes: array[int] = field(default_factory=_column)
+    request_id: array[int] = field(default_factory=_column)
+    kind: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class RunRecord:
+    """Everything that a run leaves behind besides its configuration."""
+
+    requests: RequestColumns
+    segments: SegmentColumns = field(default_factory=SegmentColumns)
+    timeline: TimelineColumns = field(default_factory=TimelineColumns)
+    moves: MoveColumns = field(default_factory=MoveColumns)
+    marks: list[tuple[int, int, str, str]] = field(default_factory=list)  # (time_ns, instance, kind, text)
+    up_intervals: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # instance -> (from, to) ns
+    end_ns: int = 0
+    num_events: int = 0
+    num_commands: int = 0
+    num_iterations: int = 0
+    partial: bool = False  # the run was interrupted

@@ -1,0 +1,425 @@
+"""The vocabulary: what policies and executors say to each other. Integer nanoseconds, tokens, blocks and bytes.
+
+An executor answers every command that takes time by exactly one event with a `Status`. Instantaneous commands
+(`Interrupt`, `FreeSpan`, `Send`, `Watch`, `Abort`) are not answered. Command ids are unique within a policy.
+
+A request's KV is a plane, layers x tokens. A `Span` is a rectangle of it on one instance and tier; a `Placement`
+tiles the plane. `token_end is None` marks the open span: new KV is appended there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum, StrEnum
+from typing import Any, NamedTuple
+
+MICROSECOND = 1_000
+MILLISECOND = 1_000_000
+SECOND = 1_000_000_000
+
+Piece = tuple[str, int, int]  # (source, start, length): tokens start .. start+length of a named source
+Content = tuple[Piece, ...]  # the reply of request r is the source f"gen:{r}"
+Layers = tuple[int, int]  # half-open range of decoder layers
+
+
+class Status(IntEnum):
+    """How a command ended."""
+
+    OK = 0
+    CANCELLED = 1
+    FAILED = 2
+
+
+class Tier(StrEnum):
+    """Where the bytes of a span live."""
+
+    HBM = "hbm"
+    DRAM = "dram"
+
+
+class Rule(StrEnum):
+    """How an iteration of a lane is composed (see `common.sched.compose`)."""
+
+    CHUNKED = "chunked"  # decodes first, prefill chunks fill the token budget (vLLM V1)
+    PREFILL_FIRST = "prefill_first"  # whole prompts alone while any wait (vLLM 0.4-0.6)
+    PREFILL_FIRST_LEGACY = "prefill_first_legacy"  # as above, with the padded budget of vLLM 0.2
+    SARATHI = "sarathi"  # chunked, prompts and decodes share the budget in batch order (Sarathi-Serve)
+
+
+class Span(NamedTuple):
+    """A rectangle of one request's KV plane that lives on one instance."""
+
+    instance: int
+    layers: Layers
+    token_start: int
+    token_end: int | None
+    tier: Tier = Tier.HBM
+
+
+Placement = tuple[Span, ...]
+
+
+class Stage(NamedTuple):
+    """One hop of a lane's route: these layers run on this instance."""
+
+    instance: int
+    layers: Layers
+
+
+class Entry(NamedTuple):
+    """A request joining a lane: tokens `computed` .. `target` are still to be computed, in this order of joining.
+
+    With `target - computed == 1` it decodes at once. `shared` leading tokens are read from content-named cached
+    blocks and charged to nobody. `sample`: at `target` a token is sampled. `leave`: the request then leaves the
+    lane, its KV parked, and the step ends (prefill-decode hand-over). `keep`: at its finish the KV stays parked
+    under the request's name until a `FreeSpan`; otherwise the executor frees it. `placement` None means one open
+    span per stage on that stage's instance.
+    """
+
+    request_id: int
+    computed: int
+    target: int
+    shared: int = 0
+    sample: bool = True
+    leave: bool = False
+    keep: bool = False
+    placement: Placement | None = None
+
+
+# ---------------------------------------------------------------- commands
+
+
+class RunStep(NamedTuple):
+    """Change a lane's persistent batch, then run iterations until one of its requests finishes or is flagged.
+
+    `remove` frees the KV of those requests, `park` leaves it held under the request's name. `place` replaces
+    placements of requests in the lane at this boundary. `stages` is needed once, and again to change the route.
+    """
+
+    command_id: int
+    lane: int
+    add: tuple[Entry, ...] = ()
+    remove: tuple[int, ...] = ()
+    park: tuple[int, ...] = ()
+    place: tuple[tuple[int, Placement], ...] = ()
+    stages: tuple[Stage, ...] | None = None
+    token_budget: int | None = None
+    rule: Rule | None = None
+    max_iterations: int | None = None
+
+
+class Interrupt(NamedTuple):
+    """End the lane's running step at its next iteration boundary; a no-op when the lane is idle."""
+
+    lane: int
+
+
+class CopySpan(NamedTuple):
+    """Copy tokens [start, end) x layers of a request's KV from one instance to another.
+
+    The destination reserves at submission; the source stays readable. `after` is a RunStep: the copy starts when
+    that step is done, or with `by_layer` follows its layers while the step runs. `pace`: at most that many tokens
+    per iteration of the source's lane. Answer: `CopyDone`. Refused for want of room: FAILED, no trace.
+    """
+
+    command_id: int
+    request_id: int
+    src: int
+    dst: int
+    layers: Layers
+    tokens: tuple[int, int]
+    after: int | None = None
+    by_layer: bool = False
+    pace: int | None = None
+    piece_bytes: int | None = None
+    priority: int = 0
+    num_calls: int = 1
+    dst_tier: Tier = Tier.HBM
+    src_tier: Tier = Tier.HBM
+
+
+class SwapSpan(NamedTuple):
+    """Move a parked span between HBM and host DRAM of one instance (out: HBM to DRAM). Answer: `SwapDone`."""
+
+    command_id: int
+    request_id: int
+    instance: int
+    layers: Layers
+    tokens: tuple[int, int]
+    out: bool
+
+
+class FreeSpan(NamedTuple):
+    """Free parked KV of a request on an instance, except that its first `retain` tokens become cached blocks named
+    by the request's content. `cached` blocks (a count) of the content cache are evicted instead when
+    `request_id` is None. Takes effect at the next boundary of lanes that read the span."""
+
+    instance: int
+    request_id: int | None
+    layers: Layers | None = None
+    tokens: tuple[int, int] | None = None
+    retain: int = 0
+    cached_blocks: int = 0
+    tier: Tier = Tier.HBM
+    content: Content | None = None
+
+
+class ShrinkKV(NamedTuple):
+    """Compact the tail of the KV range until it holds at most `num_cells`. Answer: `ShrinkDone` (FAILED: too full)."""
+
+    command_id: int
+    instance: int
+    num_cells: int
+
+
+class DropLayers(NamedTuple):
+    """Give the pages of these layers' parameters to the KV range, in place. Answer: `LayersDropped`."""
+
+    command_id: int
+    instance: int
+    layers: Layers
+
+
+class LoadLayers(NamedTuple):
+    """Bring parameters back, from a peer instance (`source`) or, with None, from host memory. `LayersLoaded`."""
+
+    command_id: int
+    instance: int
+    layers: Layers
+    source: int | None
+    priority: int = 0
+
+
+class StartInstance(NamedTuple):
+    """Start an instance (weights load from host or disk first). Answer: `InstanceUp`."""
+
+    command_id: int
+    instance: int
+
+
+class StopInstance(NamedTuple):
+    """Stop an empty instance. Answer: `InstanceDown`."""
+
+    command_id: int
+    instance: int
+
+
+class SetTimer(NamedTuple):
+    """Ask for `TimerFired` at `at_ns` (not before now), delivered to agent `to`."""
+
+    command_id: int
+    at_ns: int
+    to: str = ""
+
+
+class Watch(NamedTuple):
+    """Ask for `Progress` of an instance every `period_ns`; 0 ends it."""
+
+    instance: int
+    period_ns: int
+    to: str = ""
+
+
+class Send(NamedTuple):
+    """A message between agents; the fault plan may delay, lose or double it. Arrives as `MessageArrived`."""
+
+    sender: str
+    to: str
+    payload: Any
+    num_bytes: int = 0
+
+
+class Abort(NamedTuple):
+    """End a request without an answer (refused or given up); its KV everywhere is freed."""
+
+    request_id: int
+    reason: str
+
+
+class Mark(NamedTuple):
+    """Something worth seeing in the timeline (a drop, a restore, a plan). Changes nothing."""
+
+    instance: int
+    kind: str
+    text: str = ""
+
+
+Command = (
+    RunStep | Interrupt | CopySpan | SwapSpan | FreeSpan | ShrinkKV | DropLayers | LoadLayers
+    | StartInstance | StopInstance | SetTimer | Watch | Send | Abort | Mark
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- events
+
+
+class RequestArrived(NamedTuple):
+    """A request, without its true output length (`oracle_output_tokens` only for baselines labelled oracle)."""
+
+    request_id: int
+    prompt_tokens: int
+    max_output_tokens: int
+    content: Content | None = None
+    session: int = -1
+    oracle_output_tokens: int | None = None
+    to: str = ""
+
+
+class StepDone(NamedTuple):
+    """A step ended. `iterations` were run by it, `lane_iterations` by the lane in all. All of `finished` did so in
+    the last iteration. `prefilled`: (request, lane iteration at whose end its target was reached). `partial`:
+    (request, tokens computed) of targets begun but not reached."""
+
+    command_id: int
+    lane: int
+    status: Status
+    iterations: int
+    lane_iterations: int
+    finished: tuple[int, ...] = ()
+    prefilled: tuple[tuple[int, int], ...] = ()
+    partial: tuple[tuple[int, int], ...] = ()
+    to: str = ""
+
+
+class CopyDone(NamedTuple):
+    """A copy ended; `num_bytes` crossed the wire. `lanes`: (lane, its iterations) on source and destination."""
+
+    command_id: int
+    status: Status
+    num_bytes: int
+    lanes: tuple[tuple[int, int], ...] = ()
+    to: str = ""
+
+
+class SwapDone(NamedTuple):
+    """A swap ended."""
+
+    command_id: int
+    status: Status
+    num_bytes: int
+    lanes: tuple[tuple[int, int], ...] = ()
+    to: str = ""
+
+
+class ShrinkDone(NamedTuple):
+    """The KV range was compacted (`moved_cells` changed their place), or was too full (FAILED, nothing changed)."""
+
+    command_id: int
+    status: Status
+    moved_cells: int = 0
+    lanes: tuple[tuple[int, int], ...] = ()
+    to: str = ""
+
+
+class LayersDropped(NamedTuple):
+    """Parameters were dropped; the KV range now holds `kv_cells`."""
+
+    command_id: int
+    status: Status
+    kv_cells: int
+    lanes: tuple[tuple[int, int], ...] = ()
+    to: str = ""
+
+
+class LayersLoaded(NamedTuple):
+    """Parameters are resident again; the KV range now holds `kv_cells`."""
+
+    command_id: int
+    status: Status
+    kv_cells: int
+    lanes: tuple[tuple[int, int], ...] = ()
+    to: str = ""
+
+
+class InstanceUp(NamedTuple):
+    """An instance serves; its empty KV range holds `kv_cells`. `command_id` -1: it was there from the start."""
+
+    command_id: int
+    instance: int
+    status: Status
+    kv_cells: int
+    to: str = ""
+
+
+class InstanceDown(NamedTuple):
+    """An instance was stopped by command."""
+
+    command_id: int
+    instance: int
+    status: Status
+    to: str = ""
+
+
+class InstanceLost(NamedTuple):
+    """An instance died with everything on it; commands that concerned it are answered FAILED after this."""
+
+    instance: int
+    to: str = ""
+
+
+class TimerFired(NamedTuple):
+    """A timer's time has come."""
+
+    command_id: int
+    to: str = ""
+
+
+class MessageArrived(NamedTuple):
+    """A message between agents."""
+
+    sender: str
+    to: str
+    payload: Any
+
+
+class AgentLost(NamedTuple):
+    """An agent died and lost its state; `restarted` when it is back, empty."""
+
+    agent: str
+    restarted: bool
+    to: str = ""
+
+
+class Progress(NamedTuple):
+    """What a watched instance has done: (lane, its iterations)."""
+
+    instance: int
+    lanes: tuple[tuple[int, int], ...] = ()
+    to: str = ""
+
+
+Event = (
+    RequestArrived | StepDone | CopyDone | SwapDone | ShrinkDone | LayersDropped | LayersLoaded | InstanceUp
+    | InstanceDown | InstanceLost | TimerFired | MessageArrived | AgentLost | Progress
+)  # fmt: skip
+
+
+class RequestStatus(IntEnum):
+    """Where a request stands."""
+
+    PENDING = 0  # not yet arrived (a later turn, or beyond the end of the run)
+    LIVE = 1
+    FINISHED = 2
+    REJECTED = 3
+
+
+class InstanceInfo(NamedTuple):
+    """What a policy may know of an instance before it starts."""
+
+    instance: int
+    num_layers: int
+    kv_cells: int  # cells that the KV range holds with every layer resident
+    cell_bytes: int  # K and V of one block of one layer
+    layer_param_bytes: int
+    node: int = 0
+    running: bool = True
+    host_cells: int = 0
+
+
+class ClusterInfo(NamedTuple):
+    """What a policy may know of the cluster: shapes and budgets, never the executor's cost object."""
+
+    instances: tuple[InstanceInfo, ...]
+    block_size: int
+    max_model_len: int
+    extra: Mapping[str, float] = {}
