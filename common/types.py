@@ -69,7 +69,8 @@ class Stage(NamedTuple):
 class Entry(NamedTuple):
     """A request joining a lane: tokens `computed` .. `target` are still to be computed, in this order of joining.
 
-    With `target - computed == 1` it decodes at once. `shared` leading tokens are read from content-named cached
+    `decode`: only the last known token is left to compute, and the request goes on decoding at once (not reported as
+    prefilled). `shared` leading tokens are read from content-named cached
     blocks and charged to nobody. `sample`: at `target` a token is sampled. `leave`: the request then leaves the
     lane, its KV parked, and the step ends (prefill-decode hand-over). `keep`: at its finish the KV stays parked
     under the request's name until a `FreeSpan`; otherwise the executor frees it. `placement` None means one open
@@ -83,6 +84,7 @@ class Entry(NamedTuple):
     sample: bool = True
     leave: bool = False
     keep: bool = False
+    decode: bool = False
     placement: Placement | None = None
 
 
@@ -92,20 +94,24 @@ class Entry(NamedTuple):
 class RunStep(NamedTuple):
     """Change a lane's persistent batch, then run iterations until one of its requests finishes or is flagged.
 
-    `remove` frees the KV of those requests, `park` leaves it held under the request's name. `place` replaces
-    placements of requests in the lane at this boundary. `stages` is needed once, and again to change the route.
+    `remove` frees the KV of those requests (a preemption), except that `retain` blocks of each (in the same order; ()
+    means none) stay as cached blocks named by content; `park` leaves it held under the request's name. `place`
+    replaces placements of requests in the lane at this boundary. `stages` is needed once, and again to change the
+    route. `reclaim`: cached blocks that the growth of this step may take over, in the policy's order of eviction.
     """
 
     command_id: int
     lane: int
     add: tuple[Entry, ...] = ()
     remove: tuple[int, ...] = ()
+    retain: tuple[int, ...] = ()
     park: tuple[int, ...] = ()
     place: tuple[tuple[int, Placement], ...] = ()
     stages: tuple[Stage, ...] | None = None
     token_budget: int | None = None
     rule: Rule | None = None
     max_iterations: int | None = None
+    reclaim: int = 0
 
 
 class Interrupt(NamedTuple):
@@ -150,8 +156,8 @@ class SwapSpan(NamedTuple):
 
 
 class FreeSpan(NamedTuple):
-    """Free parked KV of a request on an instance, except that its first `retain` tokens become cached blocks named
-    by the request's content. `cached` blocks (a count) of the content cache are evicted instead when
+    """Free parked KV of a request on an instance, except that `retain` blocks of it become cached blocks named by
+    the request's content. `cached` blocks (a count) of the content cache are evicted instead when
     `request_id` is None. Takes effect at the next boundary of lanes that read the span."""
 
     instance: int
@@ -266,8 +272,9 @@ class RequestArrived(NamedTuple):
 
 
 class StepDone(NamedTuple):
-    """A step ended. `iterations` were run by it, `lane_iterations` by the lane in all. All of `finished` did so in
-    the last iteration. `prefilled`: (request, lane iteration at whose end its target was reached). `partial`:
+    """A step ended after `iterations`. `lane_iterations` is the lane's clock: iterations in which its decodes
+    advanced (all of them, but under the prefill-first rules). All of `finished` did so in the last iteration.
+    `prefilled`: (request, lane clock when its target was reached). `partial`:
     (request, tokens computed) of targets begun but not reached."""
 
     command_id: int

@@ -1,0 +1,31 @@
+"""Figures, drawn from results folders only. matplotlib is imported when something is drawn, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.runs import LoadedRun, load_run
+
+
+def draw_run(run: LoadedRun | str | Path) -> list[Path]:
+    """Draw every figure of one run into its folder, as PNG and PDF; the paths written."""
+    from common.plots import run_figures, style
+
+    loaded = run if isinstance(run, LoadedRun) else load_run(run)
+    with style.styled():
+        paths = style.save(run_figures.overview(loaded), loaded.path, "overview")
+        paths += style.save(run_figures.latency_cdf(loaded), loaded.path, "latency_cdf")
+    return paths
+
+
+def draw_comparison(runs: Sequence[LoadedRun], out: str | Path) -> list[Path]:
+    """Draw several runs against each other into the folder `out`; the paths written."""
+    from common.plots import compare_figures, style
+
+    folder = Path(out)
+    with style.styled():
+        paths = style.save(compare_figures.latency_cdfs(runs), folder, "compare_cdf")
+        paths += style.save(compare_figures.over_time(runs), folder, "compare_over_time")
+        paths += style.save(compare_figures.bars(runs), folder, "compare_bars")
+    return paths

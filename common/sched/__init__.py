@@ -1,0 +1,1 @@
+"""Iteration composition, block arithmetic and lane scheduling that the systems share. No torch, no I/O."""

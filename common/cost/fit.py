@@ -1,0 +1,389 @@
+"""Fit the committed grids: `python -m common.cost.fit [--data DIR] [--out DIR]`.
+
+DIR holds measured tables (default $KVPLANE_DATA, else ../shared/data). Fitting is: take the median time per shape,
+lay it on the lattice of its axes, fill holes by interpolating *time / roofline* in log space, pack. Nothing else is
+fitted, and nothing here ever sees an end-to-end run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.cost.grids import FOLDER, Array, Grid, pack
+from common.cost.roofline import Roof
+from common.cost.tables import Table, read_skew, read_tables
+from common.errors import ConfigError, KVPlaneError
+
+HEAD_DIM = 128
+MAX_MESSAGE = 1 << 28  # bytes of an all-reduce
+SEND_BINS = 4  # bins of send/recv sizes per doubling
+MAX_TOKENS = 16384  # rows of a linear layer worth keeping
+LONGEST_NS = 2.3e8  # what a grid can store
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one card's grid comes from. `kernel`: flash-attention generation, which decides how batches mix."""
+
+    name: str
+    folders: tuple[str, ...]
+    peak_flops: float
+    mem_bandwidth: float
+    link_bandwidth: float
+    num_sm: int
+    kernel: str
+    licence: str
+    skew_alpha: float | None = (
+        None  # `alpha_default` of meta.yaml, where the skew rows themselves are not at hand
+    )
+    network: str = ""  # folder with send/recv between two GPUs of one node
+
+
+AIC = "ai-dynamo/aiconfigurator, measured vLLM kernels, Apache-2.0"
+SIM = "casys-kaist/LLMServingSim, operators inside vLLM 0.19, MIT"
+DGX = "profiles/vidur/network/a100_dgx"  # microsoft/vidur, MIT
+SOURCES = (
+    Source("a100_sxm", ("profiles/a100_sxm",), 312e12, 2039e9, 300e9, 108, "fa2", AIC, network=DGX),
+    Source("h100_sxm", ("profiles/h100_sxm",), 989e12, 3350e9, 450e9, 132, "fa3", AIC),
+    Source("l40s", ("profiles/l40s",), 362.05e12, 864e9, 32e9, 142, "fa2", AIC),
+    Source("rtx4090", ("profiles/vllm_0.19/RTX4090",), 181e12, 1008e9, 16e9, 128, "fa2", SIM),
+    Source("rtxpro6000", ("profiles/vllm_0.19/RTXPRO6000",), 503.8e12, 1792e9, 64e9, 188, "fa2", SIM, 0.057),
+)
+
+
+def lattice(table: Table, axes: Sequence[Array]) -> Array:
+    """Times on the full lattice of `axes` (in the order of the table's columns), NaN where not measured."""
+    out = np.full([len(axis) for axis in axes], np.nan)
+    where = tuple(np.searchsorted(axis, table.keys[:, i]) for i, axis in enumerate(axes))
+    out[where] = table.time_ns
+    return out
+
+
+def fill(values: Array, axes: Sequence[Array]) -> Array:
+    """Fill holes of log-ratios: mean of the interpolations along each axis, then the nearest value along an axis."""
+    out = values.copy()
+    for _ in range(4):
+        if not np.isnan(out).any():
+            break
+        guesses = np.stack([_along(out, i, axis) for i, axis in enumerate(axes)])
+        known = ~np.isnan(guesses)
+        count = known.sum(axis=0)
+        mean = np.where(count > 0, np.where(known, guesses, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
+        out = np.where(np.isnan(out), mean, out)
+    for i in range(out.ndim - 1, -1, -1):
+        out = _edge(out, i)
+    return out
+
+
+def _along(values: Array, axis: int, knots: Array) -> Array:
+    """Linear interpolation between the nearest known neighbours along one axis; NaN outside them."""
+    moved = np.moveaxis(values, axis, -1)
+    flat = moved.reshape(-1, moved.shape[-1])
+    out = np.full_like(flat, np.nan)
+    x = np.log(np.maximum(knots, 1.0))
+    for row, filled in zip(flat, out):
+        known = ~np.isnan(row)
+        if known.sum() >= 2 and not known.all():
+            filled[:] = np.interp(x, x[known], row[known], left=np.nan, right=np.nan)
+    return np.moveaxis(out.reshape(moved.shape), -1, axis)
+
+
+def _edge(values: Array, axis: int) -> Array:
+    """Continue the last known value outward along one axis."""
+    moved = np.moveaxis(values, axis, -1).copy()
+    for i in range(1, moved.shape[-1]):
+        moved[..., i] = np.where(np.isnan(moved[..., i]), moved[..., i - 1], moved[..., i])
+    for i in range(moved.shape[-1] - 2, -1, -1):
+        moved[..., i] = np.where(np.isnan(moved[..., i]), moved[..., i + 1], moved[..., i])
+    return np.moveaxis(moved, -1, axis)
+
+
+def fill_times(times: Array, roof: Array, axes: Sequence[Array]) -> Array:
+    """Fill holes of times by their ratio to the roofline."""
+    return np.exp(fill(np.log(times / roof), axes)) * roof
+
+
+def concat(tables: Sequence[Table]) -> Table | None:
+    """Rows of several tables with the same columns; a shape measured more than once (several versions) keeps its
+    fastest time: what disturbs a measurement only ever slows it."""
+    if not tables:
+        return None
+    keys = np.concatenate([t.keys for t in tables])
+    times = np.concatenate([t.time_ns for t in tables])
+    order = np.argsort(times, kind="stable")
+    unique, first = np.unique(keys[order], axis=0, return_index=True)
+    return Table(tables[-1].family, tables[-1].columns, unique, times[order][first])
+
+
+def axis_of(table: Table, name: str) -> Array:
+    """Sorted distinct values of one column."""
+    return np.unique(table.column(name)).astype(np.float64)
+
+
+def fit_linear(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[Any]]:
+    """(n, k) shapes x tokens."""
+    table = concat(tables)
+    if table is None:
+        return {}
+    table = table.take(table.column("m") <= MAX_TOKENS)
+    shapes, which = np.unique(table.keys[:, 1:], axis=0, return_inverse=True)
+    m = axis_of(table, "m")
+    times = np.full((len(shapes), len(m)), np.nan)
+    times[which.reshape(-1), np.searchsorted(m, table.column("m"))] = table.time_ns
+    ideal = roof.linear(m[None, :], shapes[:, :1].astype(float), shapes[:, 1:].astype(float))
+    logs = np.log(times / ideal)
+    for row in range(len(shapes)):
+        logs[row] = fill(logs[row], [m])
+    return {
+        "gemm_m": m.astype(np.int32),
+        "gemm_nk": shapes.astype(np.int32),
+        "gemm": pack(np.minimum(np.exp(logs) * ideal, LONGEST_NS)),
+    }
+
+
+def _heads(table: Table) -> npt.NDArray[np.int64]:
+    pairs = np.stack([table.column("heads"), table.column("kv_heads")], axis=1)
+    return np.unique(pairs, axis=0)
+
+
+def fit_prefill(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[Any]]:
+    """Head configurations x batch x prompt length, nothing cached."""
+    table = concat(tables)
+    if table is None:
+        return {}
+    batch, length, out, heads = axis_of(table, "batch"), axis_of(table, "length"), [], _heads(table)
+    for h, kv in heads:
+        part = table.take((table.column("heads") == h) & (table.column("kv_heads") == kv))
+        part = Table("", ("batch", "length"), part.keys[:, :2], part.time_ns)
+        tokens = batch[:, None] * length[None, :]
+        ideal = roof.prefill(tokens, tokens * (length[None, :] + 1) / 2, int(h), int(kv), HEAD_DIM)
+        out.append(np.minimum(fill_times(lattice(part, [batch, length]), ideal, [batch, length]), LONGEST_NS))
+    return {
+        "pre_heads": heads.astype(np.int32),
+        "pre_batch": batch.astype(np.int32),
+        "pre_length": length.astype(np.int32),
+        "pre": pack(np.array(out)),
+    }
+
+
+def fit_decode(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[Any]]:
+    """Head configurations x batch x context."""
+    table = concat(tables)
+    if table is None:
+        return {}
+    batch, kv_axis, out, heads = axis_of(table, "batch"), axis_of(table, "kv"), [], _heads(table)
+    for h, kv in heads:
+        part = table.take((table.column("heads") == h) & (table.column("kv_heads") == kv))
+        part = Table("", ("batch", "kv"), part.keys[:, :2], part.time_ns)
+        ideal = roof.decode(batch[:, None], kv_axis[None, :], int(h), int(kv), HEAD_DIM)
+        out.append(
+            np.minimum(fill_times(lattice(part, [batch, kv_axis]), ideal, [batch, kv_axis]), LONGEST_NS)
+        )
+    return {
+        "dec_heads": heads.astype(np.int32),
+        "dec_batch": batch.astype(np.int32),
+        "dec_context": kv_axis.astype(np.int32),
+        "dec": pack(np.array(out)),
+    }
+
+
+def fit_attention(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[Any]]:
+    """In-engine attention: chunks alone, decodes alone, and both in one batch, per head configuration."""
+    if not tables:
+        return {}
+    heads, chunks, decodes, mixed = [], [], [], []
+    c, kp, n, kd = (
+        np.unique(np.concatenate([t.column(name)[t.column(name) >= low] for t in tables])).astype(np.float64)
+        for name, low in (("chunk", 1), ("kv_prefill", 0), ("decodes", 1), ("kv_decode", 1))
+    )
+    for t in tables:
+        h, kv = _rank_heads(t)
+        heads.append((h, kv))
+        alone_c, alone_d = t.column("decodes") == 0, t.column("chunk") == 0
+        pairs = c[:, None] * kp[None, :] + c[:, None] * (c[:, None] + 1) / 2
+        ideal_c = roof.prefill(c[:, None], pairs, h, kv, HEAD_DIM)
+        ideal_d = roof.decode(n[:, None], kd[None, :], h, kv, HEAD_DIM)
+        chunks.append(fill_times(lattice(_columns(t.take(alone_c), 0, 1), [c, kp]), ideal_c, [c, kp]))
+        decodes.append(fill_times(lattice(_columns(t.take(alone_d), 2, 3), [n, kd]), ideal_d, [n, kd]))
+        both = lattice(t.take(~alone_c & ~alone_d), [c, kp, n, kd])
+        total = chunks[-1][:, :, None, None] + decodes[-1][None, None, :, :]
+        mixed.append(np.minimum(fill_times(both, total, [c, kp, n, kd]), LONGEST_NS))
+    return {
+        "mix_heads": np.array(heads, dtype=np.int32),
+        "mix_chunk": c.astype(np.int32),
+        "mix_cached": kp.astype(np.int32),
+        "mix_batch": n.astype(np.int32),
+        "mix_context": kd.astype(np.int32),
+        "mix_pre": pack(np.array(chunks)),
+        "mix_dec": pack(np.array(decodes)),
+        "mix": pack(np.array(mixed)),
+    }
+
+
+def _rank_heads(table: Table) -> tuple[int, int]:
+    model, tp = table.get("model"), int(table.get("tp"))
+    return model.num_heads // tp, max(1, model.num_kv_heads // tp)
+
+
+def _columns(table: Table, *which: int) -> Table:
+    names = tuple(table.columns[i] for i in which)
+    return Table(table.family, names, table.keys[:, list(which)], table.time_ns)
+
+
+def fit_rows(tables: Sequence[Table], column: str, prefix: str) -> dict[str, npt.NDArray[Any]]:
+    """Curves over one axis (elementwise operators by tokens, the sampler by rows), one row per source."""
+    if not tables:
+        return {}
+    axis = np.unique(np.concatenate([t.column(column) for t in tables])).astype(np.float64)
+    out = [fill(np.log(lattice(t, [axis])), [axis]) for t in tables]
+    arrays: dict[str, npt.NDArray[Any]] = {
+        f"{prefix}_axis": axis.astype(np.int32),
+        prefix: pack(np.exp(np.array(out))),
+    }
+    if prefix == "elem":
+        arrays["elem_name"] = np.array([str(t.get("layer")) for t in tables])
+        arrays["elem_width"] = np.array([int(t.get("width")) for t in tables], dtype=np.int32)
+    else:
+        widths = [-(-t.get("model").vocab_size // int(t.get("tp"))) for t in tables]
+        arrays[f"{prefix}_width"] = np.array(widths, dtype=np.int32)
+    return arrays
+
+
+def merge_all_reduce(tables: Sequence[Table]) -> list[Table]:
+    """All kernels and versions of all-reduce in one folder as one table: an engine picks the fastest at each size."""
+    groups: dict[str, list[Table]] = {}
+    for t in tables:
+        if t.family == "all_reduce" and len(t.time_ns):
+            groups.setdefault(_card_folder(str(t.get("source"))), []).append(t)
+    merged = [table for group in groups.values() if (table := concat(group)) is not None]
+    return [t for t in tables if t.family != "all_reduce"] + merged
+
+
+def _card_folder(source: str) -> str:
+    """What precedes `comm/` in an aiconfigurator path, so that one card's kernels meet; else the file itself."""
+    head, found, _ = source.rpartition("/comm/")
+    return head if found else source
+
+
+def fit_all_reduce(tables: Sequence[Table]) -> dict[str, npt.NDArray[Any]]:
+    """GPUs x bytes: the fastest kernel measured at each size."""
+    if not tables:
+        return {}
+    merged = merge_all_reduce(tables)[0]
+    merged = merged.take(merged.column("bytes") <= MAX_MESSAGE)
+    axes = [axis_of(merged, "gpus"), axis_of(merged, "bytes")]
+    times = np.exp(fill(np.log(lattice(merged, axes)), axes))
+    return {
+        "ar_gpus": axes[0].astype(np.int32),
+        "ar_bytes": axes[1].astype(np.int64),
+        "ar": pack(np.minimum(times, LONGEST_NS)),
+    }
+
+
+def fit_send_recv(tables: Sequence[Table]) -> dict[str, npt.NDArray[Any]]:
+    """Point-to-point within a node: median time in bins of bytes, eight to a doubling at most."""
+    if not tables:
+        return {}
+    table = tables[0]
+    inside = table.take(table.column("per_node") == 2)
+    size = inside.column("bytes").astype(np.float64)
+    bins = np.round(np.log2(size) * SEND_BINS)
+    knots = [float(np.exp(np.log(size[bins == b]).mean())) for b in np.unique(bins)]
+    times = [float(np.median(inside.time_ns[bins == b])) for b in np.unique(bins)]
+    return {"sr_bytes": np.array(knots).astype(np.int64), "sr": pack(np.array(times))}
+
+
+def skew_alpha(files: Sequence[Path], default: float | None) -> float | None:
+    """Weighted least squares of (t_skew - t_mean) on (t_max - t_mean), weights 1 / t_mean^2; else meta's default."""
+    if not files:
+        return default
+    frames = [read_skew(path) for path in files]
+    mean = np.concatenate([f["t_mean_us"].to_numpy() for f in frames])
+    spread = np.concatenate([f["t_max_us"].to_numpy() for f in frames]) - mean
+    extra = np.concatenate([f["t_skew_us"].to_numpy() for f in frames]) - mean
+    return round(float(np.sum(extra * spread / mean**2) / np.sum(spread**2 / mean**2)), 4)
+
+
+def fit_tables(source: Source, tables: Sequence[Table], alpha: float | None = None) -> Grid:
+    """One card's grid from its measured tables."""
+    roof = Roof.of(source.peak_flops, source.mem_bandwidth)
+
+    def of(family: str) -> list[Table]:
+        return [t for t in tables if t.family == family and len(t.time_ns)]
+
+    arrays = {
+        **fit_linear(of("linear"), roof),
+        **fit_prefill(of("prefill_attention"), roof),
+        **fit_decode(of("decode_attention"), roof),
+        **fit_attention(of("attention"), roof),
+        **fit_rows(of("elementwise"), "tokens", "elem"),
+        **fit_rows(of("sampler"), "rows", "samp"),
+        **fit_all_reduce(of("all_reduce")),
+        **fit_send_recv(of("send_recv")),
+    }
+    meta = {
+        "name": source.name,
+        "peak_flops": source.peak_flops,
+        "mem_bandwidth": source.mem_bandwidth,
+        "link_bandwidth": source.link_bandwidth,
+        "num_sm": source.num_sm,
+        "kernel": source.kernel,
+        "source": source.licence,
+        "skew_alpha": alpha,
+    }
+    return Grid(meta, arrays)
+
+
+def read_source(source: Source, data: Path) -> tuple[list[Table], float | None]:
+    """A card's tables and its skew coefficient."""
+    tables: list[Table] = []
+    skews: list[Path] = []
+    for folder in source.folders:
+        tables += read_tables(data / folder)
+        skews += sorted((data / folder).rglob("skew.csv"))
+    if source.network:
+        tables += [t for t in read_tables(data / source.network, "vidur") if t.family == "send_recv"]
+    return tables, skew_alpha(skews, source.skew_alpha)
+
+
+def data_folder(given: str | None) -> Path:
+    """The folder of measured data: --data, $KVPLANE_DATA, or ../shared/data beside the repository."""
+    root = Path(__file__).resolve().parents[2]
+    folder = Path(given or os.environ.get("KVPLANE_DATA") or root.parent / "shared" / "data")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no measured data here; pass --data DIR or set KVPLANE_DATA")
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fit and write every grid."""
+    parser = argparse.ArgumentParser(prog="python -m common.cost.fit", description=__doc__)
+    parser.add_argument("--data", help="folder of measured tables")
+    parser.add_argument("--out", default=str(FOLDER), help="where the grids go")
+    args = parser.parse_args(argv)
+    try:
+        data = data_folder(args.data)
+        for source in SOURCES:
+            tables, alpha = read_source(source, data)
+            path = Path(args.out) / f"{source.name}.npz"
+            fit_tables(source, tables, alpha).save(path)
+            print(
+                f"{path.name}: {sum(len(t.time_ns) for t in tables):,} points, {path.stat().st_size:,} bytes"
+            )
+    except KVPlaneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""The committed efficiency grids: compact copies of measured operator times, one .npz per measured card.
+
+A time is stored as uint16, round(3400 ln ns): 0.015% of rounding, 1 ns to 0.2 s; 0 is a hole. Holes are filled when
+the grid is fitted (`common.cost.fit`), so reading is plain. Sources and licences: `grids/README.md`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import ConfigError
+
+LOG_STEPS = 3400.0
+FOLDER = Path(__file__).parent / "grids"
+Array = npt.NDArray[np.float64]
+
+
+def pack(time_ns: Array) -> npt.NDArray[np.uint16]:
+    """Times to stored codes; NaN becomes a hole."""
+    code = np.round(LOG_STEPS * np.log(np.where(np.isfinite(time_ns), np.maximum(time_ns, 1.001), 1.0)))
+    if np.any(code > 65535):
+        raise ValueError("an operator time above 0.23 s cannot be packed")
+    return code.astype(np.uint16)
+
+
+def unpack(code: npt.NDArray[np.uint16]) -> Array:
+    """Stored codes to ns; holes become NaN."""
+    return np.where(code > 0, np.exp(code / LOG_STEPS), np.nan)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One card's measurements. `meta` has its name, peaks and source; `arrays` the knots and times."""
+
+    meta: dict[str, Any]
+    arrays: dict[str, npt.NDArray[Any]]
+
+    def knots(self, name: str) -> Array:
+        """Coordinates of a table's axis."""
+        return self.arrays[name].astype(np.float64)
+
+    def times(self, name: str) -> Array:
+        """Times of a table, ns."""
+        return unpack(self.arrays[name])
+
+    def has(self, name: str) -> bool:
+        """Whether the card was measured so."""
+        return name in self.arrays
+
+    def save(self, path: Path) -> None:
+        """Write the .npz."""
+        np.savez_compressed(path, meta=np.array(json.dumps(self.meta, sort_keys=True)), **self.arrays)  # type: ignore[arg-type]
+
+
+@cache
+def load_grid(name: str) -> Grid:
+    """A committed grid by name."""
+    path = FOLDER / f"{name}.npz"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.npz")))
+        raise ConfigError(f"hardware grid {name!r} does not exist; known: {known}")
+    with np.load(path) as file:
+        arrays = {key: file[key] for key in file.files if key != "meta"}
+        return Grid(json.loads(str(file["meta"])), arrays)

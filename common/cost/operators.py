@@ -1,0 +1,313 @@
+"""Operator times on one rank of one card: curves and lattices in ns, read from a grid and scaled to the card.
+
+Rules, the same for every card:
+- *linear*: time / roofline interpolated in (log n, log k) between measured shapes at each measured token count, then
+  time linear in tokens;
+- *attention*: a chunk alone over (tokens, cached context), decodes alone over (batch, context), and a batch of both
+  is their sum times a measured mixing ratio (flash-attention 2 runs decodes badly beside a chunk; 3 does not);
+- *derived cards*: what exceeds the launch floor scales with the rooflines of both cards, so memory time scales with
+  bandwidth and compute time with FLOP/s;
+- what a card was not measured for comes from a named sibling by the same scaling (`SIBLING`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from common.cost.grids import Array, Grid, load_grid
+from common.cost.roofline import Roof
+from common.cost.specs import HardwareSpec
+
+SIBLING = {"elem": "rtxpro6000", "samp": "rtxpro6000", "mix": "rtx4090", "ar": "l40s", "sr": "a100_sxm"}
+FAR_CONTEXT = 1 << 22  # last context knot of every lattice: beyond any request
+QUERY_TILE = 64  # query rows that one thread block of flash-attention 2 covers
+NEAREST = 4
+Rows = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """Times over two axes; linear between knots."""
+
+    x: Array
+    y: Array
+    time_ns: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """Ratio of a mixed batch's attention to the sum of its parts, over (chunk, cached, batch, context)."""
+
+    axes: tuple[Array, Array, Array, Array]
+    ratio: Array
+
+
+class Operators:
+    """Operator times of `hardware`, from its grid."""
+
+    def __init__(self, hardware: HardwareSpec, grid: Grid | None = None) -> None:
+        self.hardware = hardware
+        self.grid = grid or load_grid(hardware.grid)
+        self.roof = Roof.of(hardware.peak_flops, hardware.mem_bandwidth)
+
+    def _grid(self, table: str) -> Grid:
+        return self.grid if self.grid.has(table) else load_grid(SIBLING[table])
+
+    def _source_roof(self, grid: Grid) -> Roof:
+        return Roof.of(grid.meta["peak_flops"], grid.meta["mem_bandwidth"])
+
+    # -- linear layers
+
+    def linear(self, n: int, k: int, tokens: Array) -> Array:
+        """One (tokens, k) x (k, n) product."""
+        grid = self.grid
+        m, shapes = grid.knots("gemm_m"), grid.knots("gemm_nk")
+        source = self._source_roof(grid)
+        rows, weights = shape_weights(shapes, n, k)
+        times = grid.times("gemm")[rows]
+        logs = np.log(times / source.linear(m[None, :], shapes[rows, :1], shapes[rows, 1:]))
+        measured = np.exp(weights @ logs) * source.linear(m, n, k)
+        floor = float(np.nanmin(grid.times("gemm")))
+        knots = self._rescale(measured, source.linear(m, n, k), self.roof.linear(m, n, k), floor)
+        inside = np.interp(tokens, m, knots)
+        beyond = knots[-1] * tokens / m[-1]
+        curve: Array = np.maximum(np.where(tokens > m[-1], beyond, inside), self.roof.linear(tokens, n, k))
+        return curve
+
+    @staticmethod
+    def _rescale(time_ns: Array, source: Array, target: Array, floor: float) -> Array:
+        """Scale what exceeds `floor` by the ratio of the rooflines (identical rooflines change nothing)."""
+        return _above(time_ns, floor, target / np.maximum(source, 1e-9))
+
+    # -- elementwise operators, sampler, all-reduce
+
+    def elementwise(self, name: str, width: int, tokens: Array) -> Array:
+        """A norm, activation, rotary or gather of `width` elements per token; bandwidth scales what exceeds launch."""
+        grid = self._grid("elem")
+        names, widths = grid.arrays["elem_name"], grid.knots("elem_width")
+        rows = np.flatnonzero(names == name)
+        if not len(rows):
+            grid = load_grid(SIBLING["elem"])
+            names, widths = grid.arrays["elem_name"], grid.knots("elem_width")
+            rows = np.flatnonzero(names == name)
+        row = rows[np.argmin(np.abs(np.log(widths[rows] / width)))]
+        axis, times = grid.knots("elem_axis"), grid.times("elem")[row]
+        scaled = tokens * (width / widths[row])
+        inside = np.interp(scaled, axis, times)
+        curve = np.where(scaled > axis[-1], times[-1] * scaled / axis[-1], inside)
+        return self._bandwidth_scaled(curve, grid, float(times.min()))
+
+    def sampler(self, vocab: int, rows: Array) -> Array:
+        """Sampling of `rows` sequences over `vocab` logits."""
+        grid = self._grid("samp")
+        widths = grid.knots("samp_width")
+        row = int(np.argmin(np.abs(np.log(widths / vocab))))
+        axis, times = grid.knots("samp_axis"), grid.times("samp")[row]
+        scaled = rows * (vocab / widths[row])
+        curve = np.where(scaled > axis[-1], times[-1] * scaled / axis[-1], np.interp(scaled, axis, times))
+        return self._bandwidth_scaled(curve, grid, float(times.min()))
+
+    def _bandwidth_scaled(self, curve: Array, grid: Grid, floor: float) -> Array:
+        ratio = grid.meta["mem_bandwidth"] / self.hardware.mem_bandwidth
+        return _above(curve, floor, ratio)
+
+    def all_reduce(self, gpus: int, num_bytes: Array) -> Array:
+        """All-reduce over `gpus` of one node; the bandwidth part scales with the link."""
+        if gpus < 2:
+            return np.zeros_like(num_bytes)
+        grid = self._grid("ar")
+        counts, size = grid.knots("ar_gpus"), grid.knots("ar_bytes")
+        logs = np.log(grid.times("ar"))
+        row = np.array([np.interp(math.log(gpus), np.log(counts), logs[:, i]) for i in range(len(size))])
+        times = np.exp(row)
+        inside = np.interp(num_bytes, size, times)
+        curve = np.where(num_bytes > size[-1], times[-1] * num_bytes / size[-1], inside)
+        ratio = grid.meta["link_bandwidth"] / self.hardware.nvlink_bandwidth
+        return _above(curve, float(times.min()), ratio)
+
+    def send_recv(self, num_bytes: Array) -> Array:
+        """Point-to-point copy to another GPU of the node; the bandwidth part scales with the link."""
+        grid = self._grid("sr")
+        size, times = grid.knots("sr_bytes"), grid.times("sr")
+        inside = np.interp(num_bytes, size, times)
+        curve = np.where(num_bytes > size[-1], times[-1] * num_bytes / size[-1], inside)
+        ratio = grid.meta["link_bandwidth"] / self.hardware.nvlink_bandwidth
+        return _above(curve, float(times.min()), ratio)
+
+    # -- attention
+
+    def prefill(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
+        """A chunk of x tokens behind y cached ones, alone in its batch."""
+        in_engine = self.grid.has("mix")
+        lattice = (
+            self._engine_prefill(heads, kv_heads, head_dim)
+            if in_engine
+            else self._kernel_prefill(heads, kv_heads, head_dim)
+        )
+        x, y = lattice.x, lattice.y
+        roof = self.roof.prefill(x[:, None], pairs_of(x[:, None], y[None, :]), heads, kv_heads, head_dim)
+        return _far(Lattice(x, y, np.maximum(lattice.time_ns, roof)))
+
+    def _engine_prefill(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
+        grid, source = self.grid, self._source_roof(self.grid)
+        row, (h, kv) = nearest_heads(grid.arrays["mix_heads"], heads, kv_heads)
+        x, y = grid.knots("mix_chunk"), grid.knots("mix_cached")
+        times = grid.times("mix_pre")[row]
+        pairs = pairs_of(x[:, None], y[None, :])
+        scaled = self._rescale(
+            times,
+            source.prefill(x[:, None], pairs, h, kv, 128),
+            self.roof.prefill(x[:, None], pairs, heads, kv_heads, head_dim),
+            float(times.min()),
+        )
+        return _longer_chunks(Lattice(x, y, scaled))
+
+    def _kernel_prefill(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
+        """Prompts without a cache are measured; a cached context adds its pairs at the rate of the longest prompt."""
+        grid, source = self.grid, self._source_roof(self.grid)
+        row, (h, kv) = nearest_heads(grid.arrays["pre_heads"], heads, kv_heads)
+        x = grid.knots("pre_length")
+        times = grid.times("pre")[row][0]
+        own = x * (x + 1) / 2
+        target = self.roof.prefill(x, own, heads, kv_heads, head_dim)
+        alone = self._rescale(times, source.prefill(x, own, h, kv, 128), target, float(times.min()))
+        rate = alone[-1] / own[-1]  # ns per query-key pair when the card is full
+        rows = x
+        if grid.meta["kernel"] == "fa2":  # without split KV, few query tiles leave multiprocessors idle
+            rows = np.maximum(x, QUERY_TILE * grid.meta["num_sm"] / heads)
+        y = np.array([0.0, 16384.0])
+        cached = rate * rows[:, None] * y[None, :]
+        bytes_ns = 4.0 * kv_heads * head_dim * y / self.roof.bytes_per_ns
+        return Lattice(x, y, alone[:, None] + np.maximum(cached, bytes_ns[None, :]))
+
+    def several(self, heads: int, kv_heads: int, head_dim: int) -> Lattice | None:
+        """x prompts of y tokens each, nothing cached; None where only single chunks were measured."""
+        grid, source = self.grid, self._source_roof(self.grid)
+        if not grid.has("pre"):
+            return None
+        row, (h, kv) = nearest_heads(grid.arrays["pre_heads"], heads, kv_heads)
+        x, y = grid.knots("pre_batch"), grid.knots("pre_length")
+        times = grid.times("pre")[row]
+        tokens = x[:, None] * y[None, :]
+        pairs = tokens * (y[None, :] + 1) / 2
+        target = self.roof.prefill(tokens, pairs, heads, kv_heads, head_dim)
+        scaled = self._rescale(times, source.prefill(tokens, pairs, h, kv, 128), target, float(times.min()))
+        return Lattice(x, y, np.maximum(scaled, target))
+
+    def decode(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
+        """x decodes of y tokens of context each, alone in their batch."""
+        grid, source = self.grid, self._source_roof(self.grid)
+        prefix = "mix" if grid.has("mix") else "dec"
+        row, (h, kv) = nearest_heads(grid.arrays[f"{prefix}_heads"], heads, kv_heads)
+        x, y = grid.knots(f"{prefix}_batch"), grid.knots(f"{prefix}_context")
+        times = grid.times("mix_dec" if prefix == "mix" else "dec")[row]
+        target = self.roof.decode(x[:, None], y[None, :], heads, kv_heads, head_dim)
+        scaled = self._rescale(
+            times, source.decode(x[:, None], y[None, :], h, kv, 128), target, float(times.min())
+        )
+        scaled = np.maximum(scaled, target)
+        x = np.append(x, 4 * x[-1])
+        return _far(Lattice(x, y, np.vstack([scaled, 4 * scaled[-1:]])))
+
+    def mixing(self, heads: int, kv_heads: int) -> Mixing | None:
+        """How chunk and decodes disturb each other in one kernel; None where the kernel (3rd generation) adds them."""
+        if self.grid.meta["kernel"] != "fa2":
+            return None
+        grid = self._grid("mix")
+        row, _ = nearest_heads(grid.arrays["mix_heads"], heads, kv_heads)
+        alone = grid.times("mix_pre")[row][:, :, None, None] + grid.times("mix_dec")[row][None, None]
+        axes = (
+            grid.knots("mix_chunk"),
+            grid.knots("mix_cached"),
+            grid.knots("mix_batch"),
+            grid.knots("mix_context"),
+        )
+        return Mixing(axes, grid.times("mix")[row] / alone)
+
+
+def _above(time_ns: Array, floor: float, ratio: Array | float) -> Array:
+    """Scale the part of a time above the launch floor."""
+    scaled: Array = np.minimum(time_ns, floor) + np.maximum(time_ns - floor, 0.0) * ratio
+    return scaled
+
+
+def pairs_of(tokens: Array, cached: Array) -> Array:
+    """Query-key pairs of a causal chunk."""
+    return tokens * cached + tokens * (tokens + 1) / 2
+
+
+def shape_weights(shapes: Array, n: float, k: float) -> tuple[Rows, Array]:
+    """Rows of `shapes` and weights for (n, k): exact, bilinear in a full cell, else inverse square distance."""
+    logs = np.log(shapes)
+    x, y = math.log(n), math.log(k)
+    distance = np.hypot(logs[:, 0] - x, logs[:, 1] - y)
+    if distance.min() < 1e-9:
+        return np.array([int(distance.argmin())], dtype=np.intp), np.ones(1)
+    cell = _cell(shapes, n, k)
+    if cell is not None:
+        return cell
+    rows = np.argsort(distance, kind="stable")[:NEAREST]
+    weights = 1.0 / distance[rows] ** 2
+    return rows, weights / weights.sum()
+
+
+def _bracket(axis: Array, value: float) -> tuple[float, float, float]:
+    """Neighbouring knots of `value` (clamped) and the log-linear weight of the upper one."""
+    i = int(np.clip(np.searchsorted(axis, value, side="right") - 1, 0, len(axis) - 1))
+    j = min(i + 1, len(axis) - 1)
+    if i == j or value <= axis[i]:
+        return axis[i], axis[i], 0.0
+    return axis[i], axis[j], math.log(value / axis[i]) / math.log(axis[j] / axis[i])
+
+
+def _cell(shapes: Array, n: float, k: float) -> tuple[Rows, Array] | None:
+    lookup = {(a, b): i for i, (a, b) in enumerate(shapes.tolist())}
+    ns, ks = np.unique(shapes[:, 0]), np.unique(shapes[:, 1])
+    if len(lookup) < 0.7 * len(ns) * len(ks):
+        return None  # scattered shapes, no lattice
+    n0, n1, u = _bracket(ns, n)
+    k0, k1, v = _bracket(ks, k)
+    corners = [
+        ((n0, k0), (1 - u) * (1 - v)),
+        ((n1, k0), u * (1 - v)),
+        ((n0, k1), (1 - u) * v),
+        ((n1, k1), u * v),
+    ]
+    used = [(lookup.get(corner), weight) for corner, weight in corners if weight > 0]
+    if any(row is None for row, _ in used):
+        return None
+    return np.array([row for row, _ in used], dtype=np.intp), np.array([weight for _, weight in used])
+
+
+def nearest_heads(table: Array, heads: int, kv_heads: int) -> tuple[int, tuple[int, int]]:
+    """The measured head configuration closest in group size, then in head count."""
+    group = np.abs(np.log((table[:, 0] / table[:, 1]) / (heads / kv_heads)))
+    size = np.abs(np.log(table[:, 0] / heads))
+    row = int(np.argmin(2.0 * group + size))
+    return row, (int(table[row, 0]), int(table[row, 1]))
+
+
+def _longer_chunks(lattice: Lattice) -> Lattice:
+    """Double the longest chunk three times: it costs its halves, one behind the other."""
+    x, y, rows = list(lattice.x), lattice.y, list(lattice.time_ns)
+    for _ in range(3):
+        half = rows[-1]
+        slope = (half[-1] - half[-2]) / (y[-1] - y[-2])
+        behind = np.where(
+            y + x[-1] > y[-1], half[-1] + slope * (y + x[-1] - y[-1]), np.interp(y + x[-1], y, half)
+        )
+        rows.append(half + behind)
+        x.append(2 * x[-1])
+    return Lattice(np.array(x), y, np.array(rows))
+
+
+def _far(lattice: Lattice) -> Lattice:
+    """Continue the last segment of contexts to `FAR_CONTEXT`."""
+    y, t = lattice.y, lattice.time_ns
+    slope = np.maximum((t[:, -1] - t[:, -2]) / (y[-1] - y[-2]), 0.0)
+    last = t[:, -1] + slope * (FAR_CONTEXT - y[-1])
+    return Lattice(lattice.x, np.append(y, FAR_CONTEXT), np.column_stack([t, last]))

@@ -1,0 +1,88 @@
+"""What an executor knows of its cluster: shapes, budgets, links and the cost of work. Policies see `info()` only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from common.executors.network import LinkSpec, Network, Port
+from common.types import ClusterInfo, InstanceInfo
+
+
+class StageCost(Protocol):
+    """Times of one pipeline stage on one instance, in ns. `context` counts the token being written."""
+
+    skew_alpha: float
+
+    def iteration_ns(
+        self, chunks: Sequence[tuple[int, int]], num_decodes: int, context: int, num_logits: int
+    ) -> int: ...
+
+    def decode_prefix(self, batch: int, upto: int) -> list[int]: ...
+
+    def partial_attention_ns(self, batch: int, context: int) -> int: ...
+
+    def merge_ns(self, batch: int, parts: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class ClusterModel:
+    """A homogeneous cluster of instances.
+
+    `kv_cells`: cells of an instance with all layers resident. `cost(num_layers, first, last)` gives a stage's times.
+    `query_bytes`/`partial_bytes`: what remote attention ships per token and layer (q out; o and lse back).
+    """
+
+    instances: tuple[InstanceInfo, ...]
+    block_size: int
+    num_layers: int
+    max_model_len: int
+    cost: Callable[[int, bool, bool], StageCost]
+    hidden_bytes: int
+    query_bytes: int
+    partial_bytes: int
+    nvlink: LinkSpec
+    nic: LinkSpec
+    pcie: LinkSpec
+    remap_ns: int = 5_000_000
+    startup_ns: int = 20_000_000_000
+    control_ns: int = 100_000
+    call_ns: int = 10_000  # each further call of a copy in many calls (spec: ~10 us per NCCL call)
+    compact_bandwidth: float = 1e12
+    remote_service: str = "side_stream"
+    stall_ns: int = 600_000_000_000
+    param_bytes: int = 0
+    gpus_per_instance: int = 1
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def info(self) -> ClusterInfo:
+        """What policies may know."""
+        return ClusterInfo(self.instances, self.block_size, self.max_model_len, dict(self.extra))
+
+    def link(self, src: int, dst: int) -> LinkSpec:
+        """The link between two instances: NVLink inside a node, NIC across."""
+        same = self.instances[src].node == self.instances[dst].node
+        return self.nvlink if same else self.nic
+
+    def ports(self, src: int, dst: int) -> tuple[Port, ...]:
+        """The ports that a copy crosses; `src == dst` is a copy over PCIe to or from the host."""
+        if src == dst:
+            return (("pcie", src),)
+        medium = "nvlink" if self.instances[src].node == self.instances[dst].node else "nic"
+        return ((f"{medium}-out", src), (f"{medium}-in", dst))
+
+    def network(self) -> Network:
+        """All ports at rest."""
+        network = Network()
+        for info in self.instances:
+            for medium, spec in (("nvlink", self.nvlink), ("nic", self.nic)):
+                network.set_port((f"{medium}-out", info.instance), spec.bandwidth)
+                network.set_port((f"{medium}-in", info.instance), spec.bandwidth)
+            network.set_port(("pcie", info.instance), self.pcie.bandwidth)
+        return network
+
+    def hop_ns(self, src: int, dst: int, tokens: int) -> int:
+        """Hidden states of `tokens` tokens from one stage to the next."""
+        spec = self.link(src, dst)
+        return spec.latency_ns + int(tokens * self.hidden_bytes * 1e9 / spec.bandwidth)

@@ -1,0 +1,722 @@
+"""The simulated executor: the same commands and events as the real ones, on a virtual clock.
+
+An instance is a FIFO server of items, each one or more iterations of one lane at one stage. A lane that is alone on
+its instance, with one stage and its KV at home, leaps: many iterations are one item, cut by bisection when something
+interrupts it or another lane arrives. Everything else advances item by item. Times are the same either way.
+
+Boundary rule: an interrupt at time t takes effect at the first boundary that has not yet been delivered at t, which
+is what a run with leaps of one iteration would see (`_strict`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, bisect_right
+from collections import deque
+from typing import Any
+
+from common.errors import ContractError, Stalled
+from common.executors.cluster import ClusterModel, StageCost
+from common.executors.memory import Held
+from common.executors.simcontrol import Control
+from common.executors.simlane import Member, SimLane, Target
+from common.executors.simmoves import Moves
+from common.executors.simremote import remote_extra_ns
+from common.executors.simstate import ARRIVAL, DONE, TIMER, SimState
+from common.executors.source import NEVER, Client, WorkloadLike
+from common.record import RunRecord
+from common.sched.compose import next_iteration
+from common.types import (
+    Abort,
+    Command,
+    CopyDone,
+    Entry,
+    Event,
+    Interrupt,
+    LayersDropped,
+    LayersLoaded,
+    Mark,
+    Progress,
+    RequestArrived,
+    RequestStatus,
+    RunStep,
+    ShrinkDone,
+    Stage,
+    Status,
+    StepDone,
+    SwapDone,
+    Tier,
+)
+
+FINISHED, LIVE, REJECTED = int(RequestStatus.FINISHED), int(RequestStatus.LIVE), int(RequestStatus.REJECTED)
+_REPORTS_LANES = (CopyDone, SwapDone, ShrinkDone, LayersDropped, LayersLoaded, Progress)
+
+
+class SimInstance:
+    """The compute side of an instance: a FIFO server."""
+
+    __slots__ = ("active", "fifo", "id", "remote_load", "serving")
+
+    def __init__(self, instance: int) -> None:
+        self.id = instance
+        self.serving: SimLane | None = None
+        self.fifo: deque[SimLane] = deque()
+        self.active = 0  # lanes with a running step that has a stage here
+        self.remote_load: dict[int, float] = {}  # lane -> share of this instance's time it takes as a creditor
+
+
+class SimExecutor:
+    """See the module docstring. `oracle`: arrivals carry the true output length (for baselines labelled so)."""
+
+    def __init__(
+        self,
+        cluster: ClusterModel,
+        workload: WorkloadLike,
+        record: RunRecord,
+        *,
+        oracle: bool = False,
+        faults: tuple[tuple[int, int], ...] = (),
+        message_faults: Any = None,
+    ) -> None:
+        self.state = SimState(cluster, record)
+        self.cluster = cluster
+        self.record = record
+        self.instances = [SimInstance(info.instance) for info in cluster.instances]
+        self.lanes: dict[int, SimLane] = {}
+        self.moves = Moves(self.state, self)
+        self.control = Control(self.state, self, message_faults)
+        self.client = Client(workload)
+        self.oracle = oracle
+        self.live = 0
+        self._last_work = 0
+        self._workload = workload
+        self._output = [int(value) for value in workload.output_tokens]
+        self._prompt = [int(value) for value in workload.prompt_tokens]
+        self._generated = record.requests.output_tokens
+        self._first_lane: dict[int, int] = {}
+        self._costs: dict[tuple[int, bool, bool], StageCost] = {}
+        self._submit: dict[type, Any] = {
+            RunStep: self._run_step,
+            Interrupt: self._interrupt,
+            Abort: self._abort,
+            Mark: self._mark,
+            **self.moves.commands(),
+            **self.control.commands(),
+        }
+        for column, values in (("prompt_tokens", self._prompt),):
+            target = getattr(record.requests, column)
+            for index, value in enumerate(values):
+                target[index] = value
+        self.control.start(faults)
+
+    # ------------------------------------------------------------ contract
+
+    def submit(self, command: Command) -> None:
+        """Accept a command at the time of the last event."""
+        self._submit[type(command)](command)
+
+    def poll(self) -> tuple[int, Event] | None:
+        """The next event; internal work in between is done here."""
+        state, client, heap = self.state, self.client, self.state.heap
+        while True:
+            if state.ready:
+                return state.now, state.ready.popleft()
+            arrival_ns = client.next_ns
+            if heap and (heap[0][0] < arrival_ns or (heap[0][0] == arrival_ns and heap[0][1] < ARRIVAL)):
+                if not self.live and arrival_ns == NEVER and not self._work_pending():
+                    break
+                time_ns, event_class, tie, sequence, handler, argument = heapq.heappop(heap)
+                if event_class == TIMER:
+                    self._check_stall(time_ns)
+                state.now = time_ns
+                state.event_class = event_class
+                state.event_tie = tie
+                event = handler(argument, sequence)
+                if event is not None:
+                    if event_class <= DONE:
+                        self._last_work = time_ns
+                    return time_ns, event
+            elif arrival_ns != NEVER:
+                return arrival_ns, self._arrive(arrival_ns)
+            else:
+                break
+        if self.live:
+            raise Stalled(f"{self.live} requests live but nothing is going on (first: {self._some_live()})")
+        self.record.end_ns = max(self.record.end_ns, state.now)
+        self.control.close()
+        return None
+
+    def _work_pending(self) -> bool:
+        return any(item[1] <= DONE for item in self.state.heap)
+
+    def _check_stall(self, time_ns: int) -> None:
+        quiet = time_ns - self._last_work > self.cluster.stall_ns and self.client.next_ns == NEVER
+        if self.live and quiet and not self._work_pending():
+            raise Stalled(
+                f"{self.live} requests live but only timers fired for {self.cluster.stall_ns / 1e9:g} s "
+                f"(first: {self._some_live()})"
+            )
+
+    def _some_live(self) -> str:
+        status = self.record.requests.status
+        return ", ".join(str(index) for index, value in enumerate(status) if value == LIVE)[:60]
+
+    def _arrive(self, arrival_ns: int) -> RequestArrived:
+        state, workload = self.state, self._workload
+        request_id = self.client.pop()
+        state.now = self._last_work = arrival_ns
+        state.event_class = ARRIVAL
+        state.event_tie = 0
+        requests = self.record.requests
+        requests.arrival_ns[request_id] = arrival_ns
+        requests.status[request_id] = LIVE
+        self.live += 1
+        content, session = workload.content, workload.session
+        return RequestArrived(
+            request_id,
+            self._prompt[request_id],
+            workload.max_output_tokens,
+            None if content is None else content[request_id],
+            -1 if session is None else int(session[request_id]),
+            self._output[request_id] if self.oracle else None,
+        )
+
+    # ------------------------------------------------------------ steps
+
+    def stage_cost(self, stage: Stage) -> StageCost:
+        """Times of a stage; cached by shape."""
+        low, high = stage.layers
+        key = (high - low, low == 0, high == self.cluster.num_layers)
+        cost = self._costs.get(key)
+        if cost is None:
+            cost = self._costs[key] = self.cluster.cost(*key)
+        return cost
+
+    def _run_step(self, command: RunStep) -> None:
+        lane = self.lanes.get(command.lane)
+        if lane is None:
+            lane = self.lanes[command.lane] = SimLane(command.lane, self.state.block_size)
+        if lane.command_id is not None:
+            raise ContractError(f"lane {lane.id}: RunStep {command.command_id} while {lane.command_id} runs")
+        if command.remove or command.park:
+            self._take_out(lane, command)
+        if command.stages is not None:
+            self._set_stages(lane, command.stages)
+        lane.rule = command.rule or lane.rule
+        lane.budget = command.token_budget or lane.budget
+        lane.reclaim = command.reclaim
+        lane.command_id = command.command_id
+        if not all(self.state.up[stage.instance] for stage in lane.stages):
+            self._fail_lane(lane)
+            return
+        if command.place:
+            for request_id, placement in command.place:
+                self.control.replace(lane, request_id, placement)
+        for entry in command.add:
+            self._join(lane, entry)
+        lane.step_from = lane.ran
+        limit = command.max_iterations
+        lane.limit = 1 << 60 if limit is None else lane.ran + limit
+        lane.stop = False
+        self.moves.step_started(lane)
+        instances = self.instances
+        for stage in lane.stages:
+            instances[stage.instance].active += 1
+        if lane.spread or lane.id in self.control.creditors:
+            self.control.refresh_remote(lane)
+        event = self._begin(lane, self.state.now)
+        if event is not None:
+            self.state.ready.append(event)
+
+    def _take_out(self, lane: SimLane, command: RunStep) -> None:
+        """Preempt and park at this boundary; retained blocks become cached ones."""
+        for index, request_id in enumerate(command.remove):
+            self._evict(lane, request_id, keep=False)
+            if command.retain and command.retain[index]:
+                for stage in lane.stages:
+                    cells = command.retain[index] * (stage.layers[1] - stage.layers[0])
+                    memory = self.state.memory[stage.instance]
+                    memory.take(cells)
+                    memory.cached += cells
+        for request_id in command.park:
+            self._evict(lane, request_id, keep=True)
+
+    def _set_stages(self, lane: SimLane, stages: tuple[Stage, ...]) -> None:
+        if lane.members or lane.targets:
+            raise ContractError(f"lane {lane.id}: its route changed while requests are in it")
+        expected = 0
+        for stage in stages:
+            if stage.layers[0] != expected:
+                raise ContractError(f"lane {lane.id}: stages {stages} do not tile the layers in order")
+            expected = stage.layers[1]
+            if self.state.up[stage.instance] and not self.state.memory[stage.instance].has(stage.layers):
+                raise ContractError(f"lane {lane.id}: instance {stage.instance} does not hold layers {stage.layers}")
+        if expected != self.cluster.num_layers:
+            raise ContractError(f"lane {lane.id}: stages {stages} end before layer {self.cluster.num_layers}")
+        lane.stages = stages
+        lane.costs = [self.stage_cost(stage) for stage in stages]
+        lane.feet = [self.instances[stage.instance] for stage in stages]
+        lane.durations = [0] * len(stages)
+        lane.prefix = {}
+        lane.simple = len(stages) == 1
+
+    def _join(self, lane: SimLane, entry: Entry) -> None:
+        """Take a request into the lane: absorb its KV held at the stages, charge what it will need there."""
+        state = self.state
+        request_id = entry.request_id
+        known = self._prompt[request_id] + self._generated[request_id]
+        if not 0 <= entry.computed < entry.target <= known or (entry.decode and entry.computed != known - 1):
+            raise ContractError(f"request {request_id}: entry {entry} of {known} known tokens")
+        if self.record.requests.status[request_id] != LIVE:
+            raise ContractError(f"request {request_id} joins lane {lane.id} but is not live")
+        self._count_migration(lane, entry)
+        size = state.block_size
+        if entry.placement is not None:
+            self.control.adopt(lane, entry)
+        else:
+            blocks = -(-entry.target // size) - entry.shared // size
+            for stage in lane.stages:
+                layers = stage.layers[1] - stage.layers[0]
+                if entry.computed > entry.shared:
+                    tokens = (entry.shared, entry.computed)
+                    found = state.carve(request_id, stage.instance, Tier.HBM, stage.layers, tokens)
+                    if found != layers * (entry.computed - entry.shared):
+                        raise ContractError(
+                            f"request {request_id}: KV of tokens {tokens} is not on instance {stage.instance}"
+                        )
+                state.memory[stage.instance].take(blocks * layers)
+        if entry.decode:
+            left = self._output[request_id] - self._generated[request_id]
+            if left <= 0:
+                raise ContractError(f"request {request_id} decodes beyond its end")
+            member = Member(entry, entry.computed - lane.iteration, lane.iteration + left)
+            self._uncharge_next(lane, entry)
+            lane.join(member, lane.costs[0].skew_alpha > 0)
+        else:
+            lane.targets.append(Target(entry))
+
+    def _uncharge_next(self, lane: SimLane, entry: Entry) -> None:
+        """A decoding entry's next block is charged by growth, not at the join."""
+        if entry.computed % self.state.block_size == 0 and entry.placement is None:
+            for stage in lane.stages:
+                self.state.memory[stage.instance].give(stage.layers[1] - stage.layers[0])
+
+    def _count_migration(self, lane: SimLane, entry: Entry) -> None:
+        home = lane.stages[0].instance
+        requests = self.record.requests
+        before = requests.instance[entry.request_id]
+        if before < 0:
+            requests.cached_tokens[entry.request_id] = entry.shared
+        elif before != home and entry.computed > 0 and self._generated[entry.request_id] > 0:
+            requests.num_migrations[entry.request_id] += 1
+        requests.instance[entry.request_id] = home
+
+    def stored(self, lane: SimLane, request_id: int) -> int:
+        """Tokens whose KV a request in a lane has at the lane's last boundary."""
+        member = lane.members.get(request_id)
+        if member is not None:
+            return member.offset + lane.iteration
+        for target in lane.targets:
+            if target.entry.request_id == request_id:
+                return target.computed
+        raise ContractError(f"request {request_id} is not in lane {lane.id}")
+
+    def _evict(self, lane: SimLane, request_id: int, keep: bool) -> None:
+        """Remove a request at a boundary: free its KV (a preemption), or park it under its name."""
+        stored = self.stored(lane, request_id)
+        member = lane.members.get(request_id)
+        if member is not None:
+            entry, charged = member.entry, stored
+            self._settle_generated(lane, member)
+            lane.leave(request_id)
+        else:
+            target = next(target for target in lane.targets if target.entry.request_id == request_id)
+            entry, charged = target.entry, target.target
+            lane.targets.remove(target)
+        if not keep:
+            self.record.requests.num_preemptions[request_id] += 1
+        self._release(lane, entry, charged, stored if keep else 0)
+
+    def _settle_generated(self, lane: SimLane, member: Member) -> None:
+        request_id = member.entry.request_id
+        self._generated[request_id] = self._output[request_id] - (member.finish - lane.iteration)
+
+    def _release(self, lane: SimLane, entry: Entry, charged: int, keep_tokens: int) -> None:
+        """Give back `charged` tokens' blocks at the stages; keep the first `keep_tokens` as held KV."""
+        state = self.state
+        if not keep_tokens and self.moves.copies:
+            self.moves.cancel(entry.request_id)
+        if entry.request_id in lane.spread:
+            self.control.release(lane, entry, charged, keep_tokens)
+            return
+        size = state.block_size
+        blocks = -(-charged // size) - entry.shared // size
+        for stage in lane.stages:
+            state.memory[stage.instance].give(blocks * (stage.layers[1] - stage.layers[0]))
+            if keep_tokens > entry.shared:
+                held = Held(stage.instance, Tier.HBM, stage.layers, entry.shared, keep_tokens)
+                state.hold(entry.request_id, held)
+        if not keep_tokens and entry.request_id in state.held:
+            state.free_all(entry.request_id)
+
+    # ------------------------------------------------------------ items
+
+    def _begin(self, lane: SimLane, now: int) -> Event | None:
+        """At a boundary: queue the lane's next item, or end its step."""
+        if lane.stop or lane.ran >= lane.limit:
+            return self._step_done(lane)
+        phase = lane.phase
+        if lane.targets:
+            runs, chunks = next_iteration(lane.rule, lane.budget, phase.num, lane.targets)
+            lane.chunks, lane.runs_decodes = chunks, runs
+            lane.item_iterations = 1
+            self._price(lane)
+        elif phase.num:
+            lane.chunks, lane.runs_decodes = [], True
+            foot = lane.feet[0]
+            if lane.simple and foot.active == 1 and not foot.remote_load and not lane.paced and not lane.spread:
+                self._leap(lane)
+            else:
+                lane.item_iterations = 1
+                self._price(lane)
+        else:
+            return self._step_done(lane)
+        lane.stage = 0
+        self._enqueue(lane, now)
+        return None
+
+    def _leap(self, lane: SimLane) -> None:
+        """As many pure decode iterations as the step allows, priced by one subtraction of prefix sums."""
+        count = min(lane.limit - lane.ran, lane.next_finish() - lane.iteration)
+        num = lane.phase.num
+        cost = lane.costs[0]
+        context = lane.effective_context(cost.skew_alpha)
+        prefix = lane.prefix.get(num)
+        if prefix is None or len(prefix) <= context + count:
+            prefix = lane.prefix[num] = cost.decode_prefix(num, context + count)
+        lane.item_iterations = count
+        lane.durations[0] = prefix[context + count] - prefix[context]
+
+    def _price(self, lane: SimLane) -> None:
+        """Durations of one iteration at every stage."""
+        num = lane.phase.num if lane.runs_decodes else 0
+        chunks = [(chunk, target.computed) for chunk, target in zip(lane.chunks, lane.targets)]
+        logits = num
+        for chunk, target in zip(lane.chunks, lane.targets):
+            if target.computed + chunk == target.target and target.entry.sample:
+                logits += 1
+        for index, cost in enumerate(lane.costs):
+            context = lane.effective_context(cost.skew_alpha) if num else 0
+            if lane.spread:
+                duration = remote_extra_ns(self, lane, index, chunks, num, logits)
+            else:
+                duration = cost.iteration_ns(chunks, num, context, logits)
+            load = lane.feet[index].remote_load
+            if load:
+                duration = int(duration * (1.0 + sum(load.values())))
+            lane.durations[index] = duration
+
+    def _enqueue(self, lane: SimLane, now: int) -> None:
+        instance = lane.feet[lane.stage]
+        if instance.serving is None:
+            self._serve(instance, lane, now)
+        else:
+            instance.fifo.append(lane)
+            self._cut(instance.serving)
+
+    def _serve(self, instance: SimInstance, lane: SimLane, now: int) -> None:
+        instance.serving = lane
+        lane.item_start = now
+        duration = lane.durations[lane.stage]
+        state = self.state
+        state.sequence = lane.due = state.sequence + 1
+        heapq.heappush(state.heap, (now + duration, DONE, lane.id, lane.due, self._item_end, lane))
+        if lane.followers:
+            self.moves.item_started(lane, now, duration)
+
+    def _strict(self, lane: SimLane) -> bool:
+        """Has the lane's boundary at this very instant already been delivered?"""
+        state = self.state
+        return state.event_class > DONE or (state.event_class == DONE and state.event_tie > lane.id)
+
+    def _cut(self, lane: SimLane) -> None:
+        """End a running leap at its first boundary that is still to come."""
+        count = lane.item_iterations
+        if count == 1:
+            return
+        num = lane.phase.num
+        prefix = lane.prefix[num]
+        context = lane.effective_context(lane.costs[0].skew_alpha)
+        goal = self.state.now - lane.item_start + prefix[context]
+        find = bisect_right if self._strict(lane) else bisect_left
+        at = find(prefix, goal, context + 1, context + count)
+        if at - context >= count:
+            return
+        lane.item_iterations = at - context
+        state = self.state
+        state.sequence = lane.due = state.sequence + 1
+        end = lane.item_start + prefix[at] - prefix[context]
+        heapq.heappush(state.heap, (end, DONE, lane.id, lane.due, self._item_end, lane))
+
+    def _item_end(self, lane: SimLane, sequence: int) -> Event | None:
+        if sequence != lane.due:
+            return None  # cut short earlier
+        now = self.state.now
+        instance = lane.feet[lane.stage]
+        instance.serving = None
+        if lane.stage + 1 < len(lane.stages):
+            self._next_in_line(instance, now)
+            self._hop(lane, now)
+            return None
+        event = self._boundary(lane, now)
+        if event is None:
+            event = self._begin_behind(lane, instance, now)
+        else:
+            self._next_in_line(instance, now)
+        return event
+
+    def _begin_behind(self, lane: SimLane, instance: SimInstance, now: int) -> Event | None:
+        """Whoever waits at the instance goes first; then the lane's own next iteration."""
+        if instance.fifo:
+            self._next_in_line(instance, now)
+        return self._begin(lane, now)
+
+    def _next_in_line(self, instance: SimInstance, now: int) -> None:
+        if instance.fifo:
+            self._serve(instance, instance.fifo.popleft(), now)
+
+    def _hop(self, lane: SimLane, now: int) -> None:
+        tokens = sum(lane.chunks) + (lane.phase.num if lane.runs_decodes else 0)
+        src, dst = lane.stages[lane.stage].instance, lane.stages[lane.stage + 1].instance
+        lane.stage += 1
+        delay = self.moves.hop_ns(src, dst, tokens)
+        lane.due = self.state.push(now + delay, DONE, lane.id, self._hopped, lane)
+
+    def _hopped(self, lane: SimLane, sequence: int) -> Event | None:
+        if sequence == lane.due:
+            self._enqueue(lane, self.state.now)
+        return None
+
+    # ------------------------------------------------------------ boundaries
+
+    def _boundary(self, lane: SimLane, now: int) -> Event | None:
+        """Iterations are complete at every stage: tokens appear, prompts complete, requests finish."""
+        count = lane.item_iterations
+        phase = lane.phase
+        num = phase.num
+        self._note_segment(lane, now, count)
+        if lane.runs_decodes and num:
+            grown = phase.growth(lane.iteration, count)
+            if grown:
+                self._grow(lane, grown)
+            if lane.spread:
+                self.control.grow_spread(lane)
+        if lane.runs_decodes:
+            lane.iteration += count
+        lane.ran += count
+        if lane.chunks:
+            self._advance_targets(lane, now)
+        if lane.paced:
+            self.moves.iterated(lane)
+        if lane.next_finish() <= lane.iteration:
+            return self._step_done(lane)
+        return None
+
+    def _note_segment(self, lane: SimLane, now: int, count: int) -> None:
+        segments = self.record.segments
+        segments.start_ns.append(lane.item_start if lane.simple else now - sum(lane.durations))
+        segments.end_ns.append(now)
+        segments.lane.append(lane.id)
+        segments.instance.append(lane.stages[0].instance)
+        segments.iterations.append(count)
+        segments.decodes.append(lane.phase.num if lane.runs_decodes else 0)
+        segments.prefill_tokens.append(sum(lane.chunks))
+
+    def _grow(self, lane: SimLane, blocks: int) -> None:
+        """Charge new blocks at every stage, taking over cached ones where the step allows it."""
+        for stage in lane.stages:
+            layers = stage.layers[1] - stage.layers[0]
+            memory = self.state.memory[stage.instance]
+            short = memory.used + blocks * layers - memory.capacity
+            if short > 0 and lane.reclaim:
+                cells = min(-(-short // layers), lane.reclaim) * layers
+                lane.reclaim -= cells // layers
+                memory.cached -= cells
+                memory.give(cells)
+            memory.take(blocks * layers)
+
+    def _advance_targets(self, lane: SimLane, now: int) -> None:
+        """Add computed chunks; at a reached target sample, decode, or leave."""
+        targets = lane.targets
+        for chunk, target in zip(lane.chunks, list(targets)):
+            target.computed += chunk
+            if target.computed < target.target:
+                continue
+            targets.remove(target)
+            self._reached(lane, target, now)
+
+    def _reached(self, lane: SimLane, target: Target, now: int) -> None:
+        entry = target.entry
+        request_id = entry.request_id
+        lane.prefilled.append((request_id, lane.iteration))
+        if entry.sample:
+            if self._generated[request_id] == 0:
+                self.record.requests.first_token_ns[request_id] = now
+            self._generated[request_id] += 1
+        left = self._output[request_id] - self._generated[request_id]
+        member = Member(entry, entry.target - lane.iteration, lane.iteration + left)
+        if left and (entry.leave or not entry.sample):
+            self._release(lane, entry, entry.target, entry.target)
+            lane.stop = True
+        else:
+            lane.join(member, lane.costs[0].skew_alpha > 0)  # with nothing left it finishes at this boundary
+
+    def _step_done(self, lane: SimLane) -> StepDone:
+        """End the lane's step here: finish requests whose last token this was, answer the command."""
+        finished: list[int] = []
+        while lane.next_finish() <= lane.iteration:
+            request_id = lane.finishes[0][1]
+            finished.append(request_id)
+            self._finish(lane, request_id)
+        partial = tuple((target.entry.request_id, target.computed) for target in lane.targets
+                        if target.computed > target.entry.computed)
+        event = StepDone(
+            lane.command_id if lane.command_id is not None else -1,
+            lane.id,
+            Status.OK,
+            lane.ran - lane.step_from,
+            lane.iteration,
+            tuple(finished),
+            tuple(lane.prefilled),
+            partial,
+        )
+        self._deactivate(lane)
+        return event
+
+    def _deactivate(self, lane: SimLane) -> None:
+        lane.prefilled.clear()
+        command_id, lane.command_id = lane.command_id, None
+        self.record.num_iterations += lane.ran - lane.step_from
+        for foot in lane.feet:
+            foot.active -= 1
+        self.moves.step_ended(lane, command_id)
+
+    def _finish(self, lane: SimLane, request_id: int) -> None:
+        member = lane.leave(request_id)
+        requests = self.record.requests
+        self._generated[request_id] = self._output[request_id]
+        requests.finish_ns[request_id] = self.state.now
+        requests.status[request_id] = FINISHED
+        self.live -= 1
+        stored = member.offset + lane.iteration
+        self._release(lane, member.entry, stored, stored if member.entry.keep else 0)
+        self.client.ended(self.state.now, request_id)
+
+    def _interrupt(self, command: Interrupt) -> None:
+        lane = self.lanes.get(command.lane)
+        if lane is None or lane.command_id is None or lane.stop:
+            return
+        lane.stop = True
+        self._cut(lane)
+
+    def _abort(self, command: Abort) -> None:
+        """End a request without an answer. In a lane it must have been removed first."""
+        request_id = command.request_id
+        requests = self.record.requests
+        if requests.status[request_id] != LIVE:
+            raise ContractError(f"request {request_id} aborted but not live")
+        requests.status[request_id] = REJECTED
+        requests.reasons[request_id] = command.reason
+        self.state.free_all(request_id)
+        self.live -= 1
+        self.client.ended(self.state.now, request_id)
+
+    def _mark(self, command: Mark) -> None:
+        self.record.marks.append((self.state.now, command.instance, command.kind, command.text))
+
+    # ------------------------------------------------------------ for the other parts
+
+    def completed(self, lane: SimLane) -> int:
+        """Iterations of a lane completed by now, inside a running leap too."""
+        if lane.command_id is None or lane.item_iterations == 1 or lane.chunks or lane.feet[0].serving is not lane:
+            return lane.iteration
+        prefix = lane.prefix[lane.phase.num]
+        context = lane.effective_context(lane.costs[0].skew_alpha)
+        goal = self.state.now - lane.item_start + prefix[context]
+        find = bisect_right if self._strict(lane) else bisect_left
+        return lane.iteration + find(prefix, goal, context + 1, context + lane.item_iterations) - 1 - context
+
+    def lanes_of(self, *instances: int) -> tuple[tuple[int, int], ...]:
+        """(lane, completed iterations) of the lanes with a stage on these instances, by lane id."""
+        return tuple(
+            (lane.id, self.completed(lane))
+            for lane in self.lanes.values()
+            if any(stage.instance in instances for stage in lane.stages)
+        )
+
+    def cut_all(self, instance: int) -> None:
+        """Something changed the speed of an instance: leaps there end at their next boundary (unseen by policies)."""
+        serving = self.instances[instance].serving
+        if serving is not None:
+            self._cut(serving)
+
+    def _fail_lane(self, lane: SimLane) -> None:
+        """A stage's instance is gone: the step fails, the lane empties, its requests' KV is freed everywhere."""
+        for request_id in [*lane.members, *(target.entry.request_id for target in lane.targets)]:
+            self._drop_from_dead(lane, request_id)
+        lane.paced, lane.followers = [], []
+        self._answer_failed(lane)
+
+    def _drop_from_dead(self, lane: SimLane, request_id: int) -> None:
+        """As a preemption, but the instance's doing: it is not counted as one."""
+        self._evict(lane, request_id, keep=False)
+        self.record.requests.num_preemptions[request_id] -= 1
+
+    def lose(self, instance: int) -> None:
+        """An instance died: fail its lanes; its memory is void (`Control` empties it).
+
+        A lane elsewhere whose requests have KV here fails its step at its last boundary and loses those requests;
+        the others stay in it.
+        """
+        for lane in list(self.lanes.values()):
+            if any(stage.instance == instance for stage in lane.stages):
+                self._halt(lane)
+                self._fail_lane(lane)
+                continue
+            hit = [request_id for request_id, placement in lane.spread.items()
+                   if any(span.instance == instance for span in placement)]
+            if hit:
+                self._halt(lane)
+                for request_id in hit:
+                    self._drop_from_dead(lane, request_id)
+                self._answer_failed(lane)
+        for other in self.instances:
+            other.remote_load = {} if other.id == instance else other.remote_load
+            if other.serving is None:
+                self._next_in_line(other, self.state.now)
+
+    def _halt(self, lane: SimLane) -> None:
+        """Forget the lane's item in progress; what a leap had completed by now stays done."""
+        lane.due = -1
+        done = self.completed(lane) - lane.iteration
+        if done > 0:
+            self._grow(lane, lane.phase.growth(lane.iteration, done))
+            self._note_segment(lane, self.state.now, done)
+            lane.iteration += done
+            lane.ran += done
+        if lane.command_id is None:
+            return
+        for foot in lane.feet:
+            foot.active -= 1
+            if foot.serving is lane:
+                foot.serving = None
+            if lane in foot.fifo:
+                foot.fifo.remove(lane)
+
+    def _answer_failed(self, lane: SimLane) -> None:
+        if lane.command_id is not None:
+            event = StepDone(lane.command_id, lane.id, Status.FAILED, lane.ran - lane.step_from, lane.iteration,
+                             (), tuple(lane.prefilled))  # fmt: skip
+            self.state.ready.append(event)
+        lane.command_id = None
+        lane.prefilled.clear()

@@ -1,0 +1,134 @@
+"""A run's folder read back, as much of it as there is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import ConfigError
+from common.provenance import runtime_label
+
+MANIFEST = "manifest.json"
+Columns = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's folder as read: what is missing or unreadable is empty, and named in `problems`."""
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    requests: Columns = field(default_factory=dict)
+    timeline: Columns = field(default_factory=dict)
+    marks: Columns = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The run's folder name."""
+        return self.path.name
+
+    @property
+    def label(self) -> str:
+        """simulated, emulated or measured; `partial` is added for an interrupted run."""
+        known = runtime_label(self.manifest["runtime"]) if "runtime" in self.manifest else "runtime unknown"
+        return known + (", partial" if self.manifest.get("partial", not self.manifest) else "")
+
+    @property
+    def warning(self) -> str | None:
+        """One line that says what is wrong with the folder, None when nothing is."""
+        return f"{self.path}: {'; '.join(self.problems)}" if self.problems else None
+
+
+def load_run(path: str | Path) -> LoadedRun:
+    """Read a run's folder, as much of it as there is. ConfigError when it is no run at all."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such results folder")
+    if not any((folder / name).exists() for name in (MANIFEST, "summary.json", "requests.parquet", "timeline.parquet")):
+        raise ConfigError(f"{folder}: not a run (no manifest, summary, requests or timeline in it)")
+    problems: list[str] = []
+    manifest = _read(folder / MANIFEST, _read_json, problems)
+    if manifest.get("partial"):
+        problems.append("the run was interrupted, its results are partial")
+    return LoadedRun(
+        folder,
+        config=_read(folder / "config.yaml", _read_yaml, problems),
+        manifest=manifest,
+        summary=_read(folder / "summary.json", _read_json, problems),
+        requests=_read(folder / "requests.parquet", read_columns, problems),
+        timeline=_read(folder / "timeline.parquet", read_columns, problems),
+        marks=read_columns(folder / "marks.parquet") if (folder / "marks.parquet").exists() else {},
+        problems=tuple(problems),
+    )
+
+
+def _read(path: Path, reader: Callable[[Path], dict[str, Any]], problems: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        problems.append(f"{path.name} is missing" + (" (the run did not complete)" if path.name == MANIFEST else ""))
+        return {}
+    try:
+        return reader(path)
+    except Exception as error:  # any damage at all: the rest of the folder is still worth drawing
+        problems.append(f"{path.name} is damaged ({str(error).splitlines()[0][:80] if str(error) else type(error)})")
+        return {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("not a mapping")
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    value = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    if not isinstance(value, dict):
+        raise ValueError("not a mapping")
+    return value
+
+
+def read_columns(path: Path) -> Columns:
+    """A Parquet file as numpy arrays; nulls of numbers become NaN, text becomes numpy strings or objects."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:  # pq.read_table would import pyarrow.dataset and pandas
+        table = file.read()
+    chunks = {name: column.chunks for name, column in zip(table.column_names, table.columns)}
+    return {
+        name: np.concatenate([_to_numpy(part) for part in parts]) if parts else np.empty(0)
+        for name, parts in chunks.items()
+    }
+
+
+def _to_numpy(array: Any) -> npt.NDArray[Any]:
+    """One pyarrow array as numpy, without the pandas that `to_numpy` imports."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(array.type):
+        names: npt.NDArray[Any] = np.array(array.dictionary.to_pylist() or [""])
+        return np.asarray(names[_to_numpy(array.indices).astype(np.int64)])
+    if not pa.types.is_primitive(array.type):
+        all_null = array.null_count == len(array)
+        return np.full(len(array), None) if all_null else np.array(array.to_pylist(), object)
+    if not len(array):
+        return np.empty(0)
+    valid, data = array.buffers()
+    rows = slice(array.offset, array.offset + len(array))
+    dtype = {"double": "float64"}.get(str(array.type), str(array.type))
+    values: npt.NDArray[Any] = np.frombuffer(data, dtype)[rows]
+    if not array.null_count:
+        return values
+    bits = np.unpackbits(np.frombuffer(valid, np.uint8), bitorder="little")[rows]
+    return np.where(bits == 1, values, np.nan)

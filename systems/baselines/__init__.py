@@ -1,0 +1,1 @@
+"""What the papers were compared with, on the same core."""

@@ -1,0 +1,138 @@
+"""Data-parallel vLLM: independent instances behind a dispatcher; nothing moves; preempt = forget and recompute.
+
+`system=vllm`, also the `vllm_multi` of Infinite-LLM. Schedulers: `chunked` (V1), `prefill_first` (0.4-0.6),
+`prefill_first_legacy` (0.2). Dispatch: `round_robin` or `least_outstanding` (waiting *and* running requests).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from typing import Literal
+
+from common.policy import Gauge
+from common.sched.lane import EngineConfig, LaneScheduler, Seq
+from common.types import (
+    Abort,
+    ClusterInfo,
+    Command,
+    Event,
+    InstanceLost,
+    InstanceUp,
+    RequestArrived,
+    Stage,
+    Status,
+    StepDone,
+)
+
+Dispatch = Literal["round_robin", "least_outstanding"]
+
+
+class VllmPolicy:
+    """One lane per instance; a request stays where it was dispatched unless the instance dies."""
+
+    def __init__(self, cluster: ClusterInfo, engine: EngineConfig, dispatch: Dispatch = "least_outstanding") -> None:
+        self.cluster = cluster
+        self.engine = engine
+        self.dispatch = dispatch
+        self.lanes: dict[int, LaneScheduler] = {}
+        self._next = 0
+        self._least: list[tuple[int, int]] = []  # (outstanding, instance), stale entries dropped lazily
+        self._orphans: list[Seq] = []  # arrived while no instance was up
+        self._dying: dict[int, LaneScheduler] = {}
+
+    # ------------------------------------------------------------ contract
+
+    def on_event(self, now_ns: int, event: Event) -> list[Command]:
+        """React to arrivals, step ends, and instances that come and go."""
+        out: list[Command] = []
+        if isinstance(event, StepDone):
+            self._step_done(event, out)
+        elif isinstance(event, RequestArrived):
+            seq = Seq(event.request_id, event.prompt_tokens, event.max_output_tokens, event.content, event.session)
+            self._route(seq, out)
+        elif isinstance(event, InstanceUp):
+            if event.status is Status.OK:
+                self._up(event, out)
+        elif isinstance(event, InstanceLost):
+            self._lost(event.instance, out)
+        return out
+
+    def gauges(self) -> Iterable[Gauge]:
+        """One row per instance."""
+        params = {info.instance: info.num_layers * info.layer_param_bytes for info in self.cluster.instances}
+        for instance, lane in self.lanes.items():
+            cached = lane.index.evictable_blocks if lane.index is not None else 0
+            yield Gauge(instance, len(lane.running), len(lane.waiting), lane.used_blocks(), lane.num_blocks, cached,
+                        param_bytes=params[instance])  # fmt: skip
+
+    # ------------------------------------------------------------ routing
+
+    def _route(self, seq: Seq, out: list[Command]) -> None:
+        if not self.lanes:
+            self._orphans.append(seq)
+            return
+        instance = self._pick()
+        lane = self.lanes[instance]
+        reason = lane.refusal(seq)
+        if reason is not None:
+            out.append(Abort(seq.request_id, reason))
+            self._note(instance, lane)
+            return
+        lane.submit(seq, out)
+        self._note(instance, lane)
+
+    def _pick(self) -> int:
+        if self.dispatch == "round_robin":
+            order = list(self.lanes)
+            self._next += 1
+            return order[(self._next - 1) % len(order)]
+        least, lanes = self._least, self.lanes
+        while True:
+            count, instance = least[0]
+            lane = lanes.get(instance)
+            if lane is not None and len(lane.waiting) + len(lane.running) == count:
+                return instance
+            heapq.heappop(least)
+
+    def _note(self, instance: int, lane: LaneScheduler) -> None:
+        if self.dispatch == "least_outstanding":
+            least = self._least
+            if len(least) > 64 + 8 * len(self.lanes):
+                least[:] = [(lane.outstanding(), instance) for instance, lane in self.lanes.items()]
+                heapq.heapify(least)
+            heapq.heappush(least, (len(lane.waiting) + len(lane.running), instance))
+
+    def _step_done(self, event: StepDone, out: list[Command]) -> None:
+        if event.status is not Status.OK:
+            for seq in self._dying.pop(event.lane).lost(event):
+                self._route(seq, out)
+            return
+        lane = self.lanes[event.lane]
+        finished = lane.step_done(event, out)
+        lane.schedule(out)
+        if finished:
+            self._note(event.lane, lane)
+
+    # ------------------------------------------------------------ membership
+
+    def _up(self, event: InstanceUp, out: list[Command]) -> None:
+        layers = self.cluster.instances[event.instance].num_layers
+        stages = (Stage(event.instance, (0, layers)),)
+        lane = LaneScheduler(event.instance, stages, event.kv_cells // layers, self.engine)
+        self.lanes[event.instance] = lane
+        self._note(event.instance, lane)
+        orphans, self._orphans = self._orphans, []
+        for seq in orphans:
+            self._route(seq, out)
+
+    def _lost(self, instance: int, out: list[Command]) -> None:
+        """Its requests are computed anew elsewhere, once the failed step has told how far they got."""
+        lane = self.lanes.pop(instance, None)
+        if lane is None:
+            return
+        if lane.busy:
+            self._dying[instance] = lane
+            return
+        for seq in lane.lost(None):
+            self._route(seq, out)
