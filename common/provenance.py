@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,34 @@ PACKAGES = ("numpy", "pyarrow", "matplotlib", "hydra-core")
 def runtime_label(runtime: Any) -> str:
     """What a reader must be told: simulated, emulated or measured."""
     return RUNTIME_LABELS.get(str(runtime), f"runtime {runtime}")
+
+
+def label(manifest: Mapping[str, Any]) -> str:
+    """The runtime's label of a run, and `partial` for an interrupted one."""
+    known = runtime_label(manifest["runtime"]) if "runtime" in manifest else "runtime unknown"
+    return known + (", partial" if manifest.get("partial", not manifest) else "")
+
+
+def provenance_line(manifests: Sequence[Mapping[str, Any]]) -> str:
+    """'simulated · vllm · llama2-70b · a100-80g · burst · seed 0 · 0f0cac3'; where runs differ, their number."""
+    parts = [" + ".join(dict.fromkeys(label(manifest) for manifest in manifests))]
+    for key, plural in (("system", "systems"), ("model", "models"), ("hardware", "cards"), ("workload", "workloads")):
+        parts.append(_shared([str(manifest.get(key, f"{key} unknown")) for manifest in manifests], plural))
+    parts.append(_shared([f"seed {manifest.get('seed', '?')}" for manifest in manifests], "seeds"))
+    parts.append(_shared([_commit(manifest) for manifest in manifests], "commits"))
+    return "  ·  ".join(parts)
+
+
+def _shared(values: Sequence[str], plural: str) -> str:
+    distinct = list(dict.fromkeys(values))
+    return distinct[0] if len(distinct) == 1 else f"{len(distinct)} {plural}"
+
+
+def _commit(manifest: Mapping[str, Any]) -> str:
+    git = manifest.get("git") or {}
+    if not git.get("commit"):
+        return "commit unknown"
+    return str(git["commit"])[:7] + ("+changes" if git.get("dirty") else "")
 
 
 def git_state() -> dict[str, Any]:

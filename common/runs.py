@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import ConfigError
-from common.provenance import runtime_label
+from common.provenance import label
 
 MANIFEST = "manifest.json"
 Columns = dict[str, npt.NDArray[Any]]
@@ -39,8 +39,7 @@ class LoadedRun:
     @property
     def label(self) -> str:
         """simulated, emulated or measured; `partial` is added for an interrupted run."""
-        known = runtime_label(self.manifest["runtime"]) if "runtime" in self.manifest else "runtime unknown"
-        return known + (", partial" if self.manifest.get("partial", not self.manifest) else "")
+        return label(self.manifest)
 
     @property
     def warning(self) -> str | None:
@@ -66,7 +65,7 @@ def load_run(path: str | Path) -> LoadedRun:
         summary=_read(folder / "summary.json", _read_json, problems),
         requests=_read(folder / "requests.parquet", read_columns, problems),
         timeline=_read(folder / "timeline.parquet", read_columns, problems),
-        marks=read_columns(folder / "marks.parquet") if (folder / "marks.parquet").exists() else {},
+        marks=_read(folder / "marks.parquet", read_columns, problems) if (folder / "marks.parquet").exists() else {},
         problems=tuple(problems),
     )
 

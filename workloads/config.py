@@ -264,73 +264,28 @@ def _convert_union(key: str, value: object, args: tuple[Any, ...]) -> object:
     return _convert(key, value, wanted[-1])
 
 
-_POSITIVE = [
-    "rate",
-    "cv",
-    "speed",
-    "rate_scale",
-    "length_scale",
-    "duration_s",
-    "num_requests",
-    "max_output_tokens",
-    "max_prompt_tokens",
-    "concurrency",
-    "period_s",
-    "dwell_mean_s",
-    "dwell_max_s",
-    "quiet_mean_s",
-    "burst_multiplier",
-    "num_documents",
-    "turns_mean",
-    "turns_max",
-    "system_prompts",
-    "prompt_tokens",
-    "output_tokens",
-    "block_size",
-    "max_clients",
-    "tokens_per_word",
-    "max_context",
-    "document_mean",
-    "document_p50",
-    "document_max",
-    "question_mean",
-    "question_p50",
-    "output_mean",
-    "output_p50",
-    "first_mean",
-    "first_p50",
-    "user_mean",
-    "user_p50",
-    "peak_to_trough",
-]
-_NOT_NEGATIVE = [
-    "jitter_s",
-    "think_mean_s",
-    "think_cv",
-    "system_tokens",
-    "first_burst_s",
-    "first_dwell_s",
-    "dwell_std_s",
-    "start_s",
-    "zipf_alpha",
-]
+# Every other number in a config must be greater than 0.
+_MAY_BE_ZERO = (
+    "jitter_s", "think_mean_s", "think_cv", "system_tokens", "first_burst_s", "first_dwell_s", "dwell_std_s",
+    "start_s", "zipf_alpha", "long_fraction", "trace",
+)  # fmt: skip
 
 
 def _check(config: Common) -> None:
-    for name in _POSITIVE:
-        value = getattr(config, name, None)
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"workload.{name}={value!r} must be greater than 0")
-    for name in _NOT_NEGATIVE:
-        value = getattr(config, name, None)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ConfigError(f"workload.{name}={value!r} must not be negative")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        at_least_zero = field.name in _MAY_BE_ZERO
+        if not (value >= 0 if at_least_zero else value > 0) or value == float("inf"):
+            need = "must not be negative" if at_least_zero else "must be greater than 0"
+            raise ConfigError(f"workload.{field.name}={value!r} {need}")
     if config.window_s is not None and not 0 <= config.window_s[0] < config.window_s[1]:
         raise ConfigError(f"workload.window_s={list(config.window_s)} needs 0 <= start < end")
     fraction = getattr(config, "long_fraction", None)
-    if fraction is not None and not 0 <= fraction <= 1:
+    if fraction is not None and fraction > 1:
         raise ConfigError(f"workload.long_fraction={fraction!r} must lie between 0 and 1")
-    if isinstance(config, LongContext) and not 0 <= config.trace <= 8:
+    if isinstance(config, LongContext) and config.trace > 8:
         raise ConfigError(f"workload.trace={config.trace} is not one of the mixes 0 to 8")
     if isinstance(config, Diurnal) and (not config.levels or min(config.levels) < 0 or not any(config.levels)):
         raise ConfigError(f"workload.levels={list(config.levels)} needs numbers >= 0, not all zero")

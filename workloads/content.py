@@ -103,17 +103,17 @@ def _run_starts(flat: Ints, first: Ints) -> NDArray[np.bool_]:
     return starts
 
 
-def reusable(prompts: Iterable[Content], output: Ints) -> list[int]:
-    """Tokens of each prompt that an infinite cache holds, were requests served in index order, replies included.
+def reusable(prompts: Iterable[Content], output: Ints, request: Ints) -> list[int]:
+    """Tokens of each prompt that an infinite cache holds, were requests served one by one, replies included.
 
     Counted in tokens, not blocks: a short block shared by all (Mooncake's block 0) weighs what it holds.
     """
     children: dict[tuple[int, str, int], dict[int, int]] = {}
     num_nodes = 0
     found: list[int] = []
-    for index, prompt in enumerate(prompts):
+    for prompt, index, reply in zip(prompts, request.tolist(), output.tolist(), strict=True):
         node, hit, matching = 0, 0, True
-        whole = (*prompt, (f"{GENERATED}{index}", 0, int(output[index])))
+        whole = (*prompt, (f"{GENERATED}{index}", 0, reply))
         for source, start, length in joined(whole):
             known = children.setdefault((node, source, start), {})
             if matching and known:

@@ -37,7 +37,7 @@ class AttentionCost:
         self._several = (
             None if several is None else (several.x.tolist(), several.y.tolist(), several.time_ns.tolist())
         )
-        mixing = operators.mixing(heads, kv_heads)
+        mixing = operators.mixing(heads, kv_heads, head_dim)
         self._mix = None if mixing is None else MixTable(mixing)
         self._memo: dict[tuple[int, float], float] = {}
         self._rows: dict[int, DecodeRow] = {}

@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from common.cost.grids import FOLDER, Array, Grid, pack
-from common.cost.roofline import Roof
+from common.cost.roofline import LAUNCH_NS, Roof
 from common.cost.tables import Table, read_skew, read_tables
 from common.errors import ConfigError, KVPlaneError
 
 HEAD_DIM = 128
+DENSE = 0.5  # share of a lattice's shapes that must be measured for it to be completed
 MAX_MESSAGE = 1 << 28  # bytes of an all-reduce
 SEND_BINS = 4  # bins of send/recv sizes per doubling
 MAX_TOKENS = 16384  # rows of a linear layer worth keeping
@@ -68,13 +69,16 @@ def lattice(table: Table, axes: Sequence[Array]) -> Array:
     return out
 
 
-def fill(values: Array, axes: Sequence[Array]) -> Array:
+def fill(
+    values: Array, axes: Sequence[Array], axes_used: Sequence[int] | None = None, diagonal: bool = False
+) -> Array:
     """Fill holes of log-ratios: mean of the interpolations along each axis, then the nearest value along an axis."""
     out = values.copy()
+    used = range(len(axes)) if axes_used is None else axes_used
     for _ in range(4):
         if not np.isnan(out).any():
             break
-        guesses = np.stack([_along(out, i, axis) for i, axis in enumerate(axes)])
+        guesses = np.stack([_along(out, i, axes[i]) for i in used] + ([_diagonal(out)] if diagonal else []))
         known = ~np.isnan(guesses)
         count = known.sum(axis=0)
         mean = np.where(count > 0, np.where(known, guesses, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
@@ -82,6 +86,12 @@ def fill(values: Array, axes: Sequence[Array]) -> Array:
     for i in range(out.ndim - 1, -1, -1):
         out = _edge(out, i)
     return out
+
+
+def _diagonal(values: Array) -> Array:
+    """Mean of the two neighbours with the same product of coordinates, on a lattice of doublings."""
+    wide = np.pad(values, 1, constant_values=np.nan)
+    return (wide[2:, :-2] + wide[:-2, 2:]) / 2
 
 
 def _along(values: Array, axis: int, knots: Array) -> Array:
@@ -107,9 +117,10 @@ def _edge(values: Array, axis: int) -> Array:
     return np.moveaxis(moved, -1, axis)
 
 
-def fill_times(times: Array, roof: Array, axes: Sequence[Array]) -> Array:
-    """Fill holes of times by their ratio to the roofline."""
-    return np.exp(fill(np.log(times / roof), axes)) * roof
+def fill_times(times: Array, roof: Array, axes: Sequence[Array], diagonal: bool = False) -> Array:
+    """Fill holes of times by their ratio to the roofline plus the launch floor."""
+    ideal = roof + np.nanmin(times)
+    return np.exp(fill(np.log(times / ideal), axes, diagonal=diagonal)) * ideal
 
 
 def concat(tables: Sequence[Table]) -> Table | None:
@@ -130,24 +141,25 @@ def axis_of(table: Table, name: str) -> Array:
 
 
 def fit_linear(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[Any]]:
-    """(n, k) shapes x tokens."""
+    """(n, k) shapes x tokens; where the shapes nearly make a lattice, it is completed."""
     table = concat(tables)
     if table is None:
         return {}
     table = table.take(table.column("m") <= MAX_TOKENS)
-    shapes, which = np.unique(table.keys[:, 1:], axis=0, return_inverse=True)
-    m = axis_of(table, "m")
-    times = np.full((len(shapes), len(m)), np.nan)
-    times[which.reshape(-1), np.searchsorted(m, table.column("m"))] = table.time_ns
-    ideal = roof.linear(m[None, :], shapes[:, :1].astype(float), shapes[:, 1:].astype(float))
-    logs = np.log(times / ideal)
-    for row in range(len(shapes)):
-        logs[row] = fill(logs[row], [m])
-    return {
-        "gemm_m": m.astype(np.int32),
-        "gemm_nk": shapes.astype(np.int32),
-        "gemm": pack(np.minimum(np.exp(logs) * ideal, LONGEST_NS)),
-    }
+    m, n, k = (axis_of(table, name) for name in ("m", "n", "k"))
+    ideal = roof.linear(m[:, None, None], n[None, :, None], k[None, None, :]) + LAUNCH_NS
+    logs = np.log(lattice(table, [m, n, k]) / ideal)
+    measured = ~np.isnan(logs).all(axis=0)
+    for i, j in np.argwhere(measured):
+        logs[:, i, j] = fill(logs[:, i, j], [m])
+    if measured.mean() > DENSE:
+        logs = fill(logs, [m, n, k], axes_used=(1, 2))
+        measured[:] = True
+    times = np.minimum(np.exp(logs) * ideal, LONGEST_NS)
+    rows = np.argwhere(measured)
+    shapes = np.stack([n[rows[:, 0]], k[rows[:, 1]]], axis=1)
+    packed = pack(times[:, rows[:, 0], rows[:, 1]].T)
+    return {"gemm_m": m.astype(np.int32), "gemm_nk": shapes.astype(np.int32), "gemm": packed}
 
 
 def _heads(table: Table) -> npt.NDArray[np.int64]:
@@ -165,7 +177,7 @@ def fit_prefill(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[An
         part = table.take((table.column("heads") == h) & (table.column("kv_heads") == kv))
         part = Table("", ("batch", "length"), part.keys[:, :2], part.time_ns)
         tokens = batch[:, None] * length[None, :]
-        ideal = roof.prefill(tokens, tokens * (length[None, :] + 1) / 2, int(h), int(kv), HEAD_DIM)
+        ideal = roof.prefill_work(tokens, tokens * (length[None, :] + 1) / 2, int(h), int(kv), HEAD_DIM)
         out.append(np.minimum(fill_times(lattice(part, [batch, length]), ideal, [batch, length]), LONGEST_NS))
     return {
         "pre_heads": heads.astype(np.int32),
@@ -186,7 +198,7 @@ def fit_decode(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[Any
         part = Table("", ("batch", "kv"), part.keys[:, :2], part.time_ns)
         ideal = roof.decode(batch[:, None], kv_axis[None, :], int(h), int(kv), HEAD_DIM)
         out.append(
-            np.minimum(fill_times(lattice(part, [batch, kv_axis]), ideal, [batch, kv_axis]), LONGEST_NS)
+            np.minimum(fill_times(lattice(part, [batch, kv_axis]), ideal, [batch, kv_axis], True), LONGEST_NS)
         )
     return {
         "dec_heads": heads.astype(np.int32),
@@ -210,10 +222,12 @@ def fit_attention(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[
         heads.append((h, kv))
         alone_c, alone_d = t.column("decodes") == 0, t.column("chunk") == 0
         pairs = c[:, None] * kp[None, :] + c[:, None] * (c[:, None] + 1) / 2
-        ideal_c = roof.prefill(c[:, None], pairs, h, kv, HEAD_DIM)
+        ideal_c = roof.prefill_work(c[:, None], pairs, h, kv, HEAD_DIM)
         ideal_d = roof.decode(n[:, None], kd[None, :], h, kv, HEAD_DIM)
         chunks.append(fill_times(lattice(_columns(t.take(alone_c), 0, 1), [c, kp]), ideal_c, [c, kp]))
-        decodes.append(fill_times(lattice(_columns(t.take(alone_d), 2, 3), [n, kd]), ideal_d, [n, kd]))
+        decodes.append(
+            fill_times(lattice(_columns(t.take(alone_d), 2, 3), [n, kd]), ideal_d, [n, kd], len(kd) < 12)
+        )
         both = lattice(t.take(~alone_c & ~alone_d), [c, kp, n, kd])
         total = chunks[-1][:, :, None, None] + decodes[-1][None, None, :, :]
         mixed.append(np.minimum(fill_times(both, total, [c, kp, n, kd]), LONGEST_NS))

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.cost.grids import Array, Grid, load_grid
-from common.cost.roofline import Roof
+from common.cost.roofline import LAUNCH_NS, Roof
 from common.cost.specs import HardwareSpec
 
 SIBLING = {"elem": "rtxpro6000", "samp": "rtxpro6000", "mix": "rtx4090", "ar": "l40s", "sr": "a100_sxm"}
@@ -36,6 +36,11 @@ class Lattice:
     x: Array
     y: Array
     time_ns: Array
+
+    def at(self, x: Array, y: Array) -> Array:
+        """Times on another lattice."""
+        along = np.array([np.interp(y, self.y, row) for row in self.time_ns])
+        return np.array([np.interp(x, self.x, column) for column in along.T]).T
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +73,10 @@ class Operators:
         m, shapes = grid.knots("gemm_m"), grid.knots("gemm_nk")
         source = self._source_roof(grid)
         rows, weights = shape_weights(shapes, n, k)
-        times = grid.times("gemm")[rows]
-        logs = np.log(times / source.linear(m[None, :], shapes[rows, :1], shapes[rows, 1:]))
-        measured = np.exp(weights @ logs) * source.linear(m, n, k)
-        floor = float(np.nanmin(grid.times("gemm")))
+        times = grid.times("gemm")
+        floor = LAUNCH_NS
+        logs = np.log(times[rows] / (source.linear(m[None, :], shapes[rows, :1], shapes[rows, 1:]) + floor))
+        measured = np.exp(weights @ logs) * (source.linear(m, n, k) + floor)
         knots = self._rescale(measured, source.linear(m, n, k), self.roof.linear(m, n, k), floor)
         inside = np.interp(tokens, m, knots)
         beyond = knots[-1] * tokens / m[-1]
@@ -154,14 +159,14 @@ class Operators:
 
     def _engine_prefill(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         grid, source = self.grid, self._source_roof(self.grid)
-        row, (h, kv) = nearest_heads(grid.arrays["mix_heads"], heads, kv_heads)
+        row, (h, _) = nearest_heads(grid.arrays["mix_heads"], heads, kv_heads)
         x, y = grid.knots("mix_chunk"), grid.knots("mix_cached")
         times = grid.times("mix_pre")[row]
         pairs = pairs_of(x[:, None], y[None, :])
         scaled = self._rescale(
             times,
-            source.prefill(x[:, None], pairs, h, kv, 128),
-            self.roof.prefill(x[:, None], pairs, heads, kv_heads, head_dim),
+            _query_work(source, grid, x[:, None], pairs, h, 128),
+            _query_work(self.roof, grid, x[:, None], pairs, heads, head_dim),
             float(times.min()),
         )
         return _longer_chunks(Lattice(x, y, scaled))
@@ -169,12 +174,12 @@ class Operators:
     def _kernel_prefill(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         """Prompts without a cache are measured; a cached context adds its pairs at the rate of the longest prompt."""
         grid, source = self.grid, self._source_roof(self.grid)
-        row, (h, kv) = nearest_heads(grid.arrays["pre_heads"], heads, kv_heads)
+        row, (h, _) = nearest_heads(grid.arrays["pre_heads"], heads, kv_heads)
         x = grid.knots("pre_length")
         times = grid.times("pre")[row][0]
         own = x * (x + 1) / 2
-        target = self.roof.prefill(x, own, heads, kv_heads, head_dim)
-        alone = self._rescale(times, source.prefill(x, own, h, kv, 128), target, float(times.min()))
+        target = _query_work(self.roof, grid, x, own, heads, head_dim)
+        alone = self._rescale(times, _query_work(source, grid, x, own, h, 128), target, float(times.min()))
         rate = alone[-1] / own[-1]  # ns per query-key pair when the card is full
         rows = x
         if grid.meta["kernel"] == "fa2":  # without split KV, few query tiles leave multiprocessors idle
@@ -189,14 +194,17 @@ class Operators:
         grid, source = self.grid, self._source_roof(self.grid)
         if not grid.has("pre"):
             return None
-        row, (h, kv) = nearest_heads(grid.arrays["pre_heads"], heads, kv_heads)
+        row, (h, _) = nearest_heads(grid.arrays["pre_heads"], heads, kv_heads)
         x, y = grid.knots("pre_batch"), grid.knots("pre_length")
         times = grid.times("pre")[row]
         tokens = x[:, None] * y[None, :]
         pairs = tokens * (y[None, :] + 1) / 2
-        target = self.roof.prefill(tokens, pairs, heads, kv_heads, head_dim)
-        scaled = self._rescale(times, source.prefill(tokens, pairs, h, kv, 128), target, float(times.min()))
-        return Lattice(x, y, np.maximum(scaled, target))
+        target = _query_work(self.roof, grid, tokens, pairs, heads, head_dim)
+        scaled = self._rescale(
+            times, _query_work(source, grid, tokens, pairs, h, 128), target, float(times.min())
+        )
+        roof = self.roof.prefill(tokens, pairs, heads, kv_heads, head_dim)
+        return Lattice(x, y, np.maximum(scaled, roof))
 
     def decode(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         """x decodes of y tokens of context each, alone in their batch."""
@@ -213,26 +221,45 @@ class Operators:
         x = np.append(x, 4 * x[-1])
         return _far(Lattice(x, y, np.vstack([scaled, 4 * scaled[-1:]])))
 
-    def mixing(self, heads: int, kv_heads: int) -> Mixing | None:
-        """How chunk and decodes disturb each other in one kernel; None where the kernel (3rd generation) adds them."""
+    def mixing(self, heads: int, kv_heads: int, head_dim: int = 128) -> Mixing | None:
+        """How chunk and decodes disturb each other in one kernel; None where the kernel (3rd generation) adds them.
+
+        What decodes add to a chunk is measured per query head: beside a chunk each of them reads its KV by itself,
+        whatever the group size, so it scales with heads and with bandwidth, not with KV heads.
+        """
         if self.grid.meta["kernel"] != "fa2":
             return None
         grid = self._grid("mix")
-        row, _ = nearest_heads(grid.arrays["mix_heads"], heads, kv_heads)
-        alone = grid.times("mix_pre")[row][:, :, None, None] + grid.times("mix_dec")[row][None, None]
+        row, (h, _) = nearest_heads(grid.arrays["mix_heads"], heads, kv_heads)
         axes = (
             grid.knots("mix_chunk"),
             grid.knots("mix_cached"),
             grid.knots("mix_batch"),
             grid.knots("mix_context"),
         )
-        return Mixing(axes, grid.times("mix")[row] / alone)
+        busy = grid.meta["num_sm"]
+        share = np.maximum(axes[2] * heads, busy) / np.maximum(axes[2] * h, busy)
+        scale = share[:, None] * (grid.meta["mem_bandwidth"] / self.hardware.mem_bandwidth)
+        added = grid.times("mix")[row] - grid.times("mix_pre")[row][:, :, None, None]
+        chunk = self.prefill(heads, kv_heads, head_dim).at(axes[0], axes[1])[:, :, None, None]
+        decode = self.decode(heads, kv_heads, head_dim).at(axes[2], axes[3])[None, None]
+        return Mixing(axes, (chunk + np.where(added > 0, added * scale, added)) / (chunk + decode))
 
 
 def _above(time_ns: Array, floor: float, ratio: Array | float) -> Array:
     """Scale the part of a time above the launch floor."""
     scaled: Array = np.minimum(time_ns, floor) + np.maximum(time_ns - floor, 0.0) * ratio
     return scaled
+
+
+def _query_work(roof: Roof, grid: Grid, tokens: Array, pairs: Array, heads: int, head_dim: int) -> Array:
+    """What prefill time follows from one head count to another: work per query head, but no less than one tile of
+    queries on every multiprocessor (flash-attention 2 does not split KV beside queries)."""
+    busy: Array | float = heads
+    if grid.meta["kernel"] == "fa2":
+        busy = np.maximum(heads, QUERY_TILE * grid.meta["num_sm"] / tokens)
+    work: Array = roof.prefill_work(tokens, pairs, busy, busy, head_dim)
+    return work
 
 
 def pairs_of(tokens: Array, cached: Array) -> Array:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 DTYPE_BYTES = 2
+LAUNCH_NS = 2_500.0  # the shortest kernels of all tables: what any ratio of times is taken above
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,15 @@ class Roof:
         """(m, k) x (k, n)."""
         return self.time(2.0 * m * n * k, float(DTYPE_BYTES) * n * k)
 
-    def prefill(self, tokens: Any, pairs: Any, heads: int, kv_heads: int, head_dim: int) -> Any:
+    def prefill(self, tokens: Any, pairs: Any, heads: Any, kv_heads: Any, head_dim: int) -> Any:
         """`tokens` new queries over `pairs` query-key pairs; the mean context of a query bounds the KV read."""
         kv_bytes = 2.0 * DTYPE_BYTES * kv_heads * head_dim * pairs / np.maximum(tokens, 1)
         return self.time(4.0 * heads * head_dim * pairs, kv_bytes)
+
+    def prefill_work(self, tokens: Any, pairs: Any, heads: Any, kv_heads: Any, head_dim: int) -> Any:
+        """What prefill time follows when nothing hides: the roofline plus queries, keys, values and outputs once."""
+        moved = 2.0 * DTYPE_BYTES * (heads + kv_heads) * head_dim * tokens
+        return self.prefill(tokens, pairs, heads, kv_heads, head_dim) + moved / self.bytes_per_ns
 
     def decode(self, batch: Any, context: Any, heads: int, kv_heads: int, head_dim: int) -> Any:
         """`batch` single queries, each over `context` tokens of its own KV."""

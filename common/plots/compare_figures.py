@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from common.metrics import format_metric
 from common.plots import series, style
 from common.plots.run_figures import CDF_COLUMNS, draw_cdf
 from common.runs import LoadedRun
@@ -44,12 +45,13 @@ def over_time(runs: Sequence[LoadedRun]) -> Any:
             centres, (high,), _ = series.rolling(*series.finished(run, column), (99,))
             panel.plot(centres, high, **look)
         times, _, used = series.samples(run, "kv_used_blocks")
-        if not len(times):
-            continue
-        capacity = np.nansum(series.samples(run, "kv_capacity_blocks")[2], 1)
-        share = 100 * np.nansum(used, 1) / np.maximum(capacity, 1)
-        memory.plot(*series.thin(times, share), **look)
-        waiting.plot(*series.thin(times, np.nansum(series.samples(run, "waiting")[2], 1)), **look)
+        capacity = series.samples(run, "kv_capacity_blocks")[2]
+        if len(used) and len(capacity):
+            share = 100 * np.nansum(used, 1) / np.maximum(np.nansum(capacity, 1), 1)
+            memory.plot(*series.thin(times, share), **look)
+        times, _, queued = series.samples(run, "waiting")
+        if len(queued):
+            waiting.plot(*series.thin(times, np.nansum(queued, 1)), **look)
     for panel, name, unit in (
         (ttft, "P99 time to first token", "ms"),
         (tpot, "P99 time per output token", "ms"),

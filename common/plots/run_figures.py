@@ -106,8 +106,8 @@ def _memory(run: LoadedRun, panel: Any) -> None:
     panel.set_ylabel(f"KV per instance ({unit})")
     panel.set_title("KV memory in use")
     style.plain_numbers(panel.yaxis)
-    if not len(times):
-        style.empty(panel, "no samples")
+    if not len(used) or not len(capacity):
+        style.empty(panel, "no samples" if run.timeline else "timeline.parquet is missing")
         return
     at, used = series.thin(times, used * scale, peak=True)
     _, capacity = series.thin(times, capacity * scale, peak=True)
@@ -125,7 +125,7 @@ def _memory(run: LoadedRun, panel: Any) -> None:
                            label=f"{len(instances)} instances, lowest to highest")  # fmt: skip
         panel.plot(at, np.nanmean(used, 1), color=style.P50, label="mean")
     _capacity(panel, at, capacity)
-    panel.set_ylim(0, max(float(np.nanmax(capacity)), float(np.nanmax(used))) * 1.06)
+    panel.set_ylim(0, max(float(np.nanmax(capacity)), float(np.nanmax(used)), 1e-9) * 1.06)
     _legend(panel)
 
 
@@ -164,7 +164,7 @@ def _queue(run: LoadedRun, panel: Any) -> None:
 
 def _marks(run: LoadedRun, panel: Any) -> None:
     """Thin lines where the policy marked something (at most 200)."""
-    if not run.marks:
+    if not {"kind", "time_ns"} <= run.marks.keys():
         return
     kinds = list(dict.fromkeys(run.marks["kind"].tolist()))
     for i, kind in enumerate(kinds[:4]):
@@ -177,7 +177,8 @@ def _marks(run: LoadedRun, panel: Any) -> None:
 def _legend(panel: Any) -> None:
     """A legend above the panel at the right, where it hides no data; in two rows when it is long."""
     entries = len(panel.get_legend_handles_labels()[1])
+    columns = entries if entries <= 9 else -(-entries // 2)
     panel.legend(
-        loc="lower right", bbox_to_anchor=(1.0, 0.985), ncols=entries if entries <= 9 else -(-entries // 2), borderaxespad=0.1, handlelength=1.4,
+        loc="lower right", bbox_to_anchor=(1.0, 0.985), ncols=columns, borderaxespad=0.1, handlelength=1.4,
         columnspacing=1.0, handletextpad=0.4,
     )  # fmt: skip

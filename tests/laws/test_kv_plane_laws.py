@@ -100,6 +100,15 @@ def test_every_spoilt_tiling_is_named(steps, pick, kind):
         plane.validate(spoilt, LAYERS, TOKENS)
 
 
+def test_two_open_spans_of_one_layer_overlap_even_when_one_is_empty():
+    """The next token would be appended twice."""
+    twice = (Span(0, (0, LAYERS), 0, None), Span(1, (2, 3), TOKENS, None))
+    with pytest.raises(ContractError, match=r"overlap: layers \[2, 3\) from token 48"):
+        plane.validate(twice, LAYERS, TOKENS)
+    handed_on = (Span(0, (0, LAYERS), 0, TOKENS), Span(1, (0, LAYERS), TOKENS, None))
+    assert plane.tiles_exactly(handed_on, LAYERS, TOKENS)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 40), st.lists(st.tuples(st.sampled_from("asf"), st.integers(0, 50)), max_size=40))
 def test_block_pool_against_counts(num_blocks, steps):

@@ -9,7 +9,8 @@ import pytest
 from common.kv.content import length
 from common.kv.index import PrefixIndex
 
-TRACE = Path(os.environ.get("KVPLANE_DATA", "/work/shared/data")) / "traces/mooncake/conversation_trace.jsonl"
+DATA = os.environ.get("KVPLANE_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data"
+TRACE = Path(DATA) / "traces" / "mooncake" / "conversation_trace.jsonl"
 
 
 @pytest.fixture(scope="module")

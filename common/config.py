@@ -1,0 +1,268 @@
+"""The only door to Hydra: composed configuration becomes frozen dataclasses once, and unknown keys are errors.
+
+No `DictConfig` travels further than this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from common.cost.engine import EngineTraits, engine_traits
+from common.cost.specs import HardwareSpec, ModelSpec, from_hf_config, load_hardware, load_model
+from common.errors import ConfigError
+from common.metrics import Slo
+from common.sched.lane import EngineConfig
+from common.types import Rule
+from workloads.config import WorkloadConfig
+from workloads.config import from_mapping as load_workload
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+GROUPS = ("system", "workload", "model", "hardware", "cluster", "runtime", "logger", "experiment")
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Where results go and what is drawn."""
+
+    name: str | None
+    results: str
+    figures: bool
+    trace: bool
+    sample_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """Instances of `tp` GPUs; a node has `gpus_per_node`. `lost`: (seconds, instance)."""
+
+    num_instances: int
+    tp: int
+    gpus_per_node: int
+    lost: tuple[tuple[float, int], ...]
+    control_ms: float
+    host_memory_gb: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """What else to record."""
+
+    events: bool
+    segments: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """One run, complete."""
+
+    system: str
+    system_options: Mapping[str, Any]
+    workload_name: str
+    workload: WorkloadConfig
+    model: ModelSpec
+    hardware: HardwareSpec
+    cluster: ClusterConfig
+    engine: EngineConfig
+    kv_blocks: int | None
+    gpu_memory_utilization: float
+    cost_source: str
+    traits: EngineTraits
+    slo: Slo
+    runtime: str
+    logger: str
+    log: LogOptions
+    run: RunOptions
+    seed: int
+    yaml: str
+
+    @property
+    def run_name(self) -> str:
+        """The results folder's name."""
+        if self.run.name:
+            return self.run.name
+        return f"{self.system}-{self.workload_name}-{self.model.name.lower()}-s{self.seed}"
+
+
+def compose(overrides: Sequence[str]) -> RunConfig:
+    """Compose conf/ with command-line overrides. Raises ConfigError, one line, on anything that is not there."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error, overrides)) from None
+    return from_composed(composed)
+
+
+def from_composed(composed: Any) -> RunConfig:
+    """A RunConfig from Hydra's DictConfig (composed with its `hydra` node)."""
+    from omegaconf import OmegaConf
+
+    choices = dict(composed.hydra.runtime.choices)
+    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    tree = OmegaConf.to_container(own, resolve=True)
+    assert isinstance(tree, dict)
+    return build(tree, {group: choices.get(group) for group in GROUPS})  # type: ignore[arg-type]
+
+
+def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
+    """A RunConfig from plain mappings; `choices` are the names picked in each config group."""
+    import yaml
+
+    text = yaml.safe_dump(tree, sort_keys=True, allow_unicode=True)
+    system = _without(tree["system"], "description")
+    model = dict(tree["model"])
+    hf_config = model.pop("hf_config", None)
+    spec = from_hf_config(hf_config) if hf_config else load_model(_without(model, "description"))
+    engine = tree["engine"]
+    return RunConfig(
+        system=system.pop("name"),
+        system_options=system,
+        workload_name=choices.get("workload") or str(tree["workload"]["kind"]),
+        workload=load_workload(tree["workload"]),
+        model=spec,
+        hardware=load_hardware(_without(tree["hardware"], "description")),
+        cluster=_cluster(_without(tree["cluster"], "description")),
+        engine=_engine(engine, spec),
+        kv_blocks=_optional_int("engine.kv_blocks", engine["kv_blocks"]),
+        gpu_memory_utilization=_number("engine.gpu_memory_utilization", engine["gpu_memory_utilization"]),
+        cost_source=_choice("cost.source", tree["cost"]["source"], ("operators", "vidur")),
+        traits=engine_traits(tree["cost"]["traits"]),
+        slo=Slo(_maybe("slo.ttft_ms", tree["slo"]["ttft_ms"]), _maybe("slo.tpot_ms", tree["slo"]["tpot_ms"])),
+        runtime=tree["runtime"]["name"],
+        logger=choices.get("logger") or "none",
+        log=LogOptions(**tree["log"]),
+        run=_exact(RunOptions, "run", tree["run"]),
+        seed=_integer("seed", tree["seed"], 0),
+        yaml=text,
+    )
+
+
+def available(group: str) -> dict[str, str]:
+    """Names in a config group and their one-line descriptions, for --help."""
+    import yaml
+
+    found: dict[str, str] = {}
+    for path in sorted((CONF / group).rglob("*.yaml")):
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        name = path.relative_to(CONF / group).with_suffix("").as_posix()
+        found[name] = str(mapping.get("description", ""))
+    return found
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _cluster(tree: dict[str, Any]) -> ClusterConfig:
+    instances = _integer("cluster.num_instances", tree["num_instances"], 1)
+    tp = _integer("cluster.tp", tree["tp"], 1)
+    per_node = _integer("cluster.gpus_per_node", tree["gpus_per_node"], 1)
+    if tp > per_node:
+        raise ConfigError(f"cluster.tp={tp} exceeds cluster.gpus_per_node={per_node}: an instance spans one node")
+    lost = []
+    for pair in tree["lost"]:
+        if not (isinstance(pair, list) and len(pair) == 2 and 0 <= int(pair[1]) < instances):
+            raise ConfigError(f"cluster.lost={tree['lost']}: give [[seconds, instance], …] of the {instances} instances")
+        lost.append((float(pair[0]), int(pair[1])))
+    control = _number("cluster.control_ms", tree["control_ms"])
+    return ClusterConfig(instances, tp, per_node, tuple(lost), control, _maybe("cluster.host_memory_gb",
+                                                                               tree["host_memory_gb"]))  # fmt: skip
+
+
+def _engine(tree: Mapping[str, Any], model: ModelSpec) -> EngineConfig:
+    names = tuple(rule.value for rule in Rule)
+    rule = Rule(_choice("engine.scheduler", tree["scheduler"], names))
+    longest = _optional_int("engine.max_model_len", tree["max_model_len"]) or model.max_position
+    budget = _optional_int("engine.max_num_batched_tokens", tree["max_num_batched_tokens"])
+    if budget is None:
+        defaults = {Rule.PREFILL_FIRST: max(longest, 2048), Rule.PREFILL_FIRST_LEGACY: 4096}
+        budget = defaults.get(rule, 2048)
+    seqs = _integer("engine.max_num_seqs", tree["max_num_seqs"], 1)
+    if rule in (Rule.CHUNKED, Rule.SARATHI) and budget <= seqs:
+        raise ConfigError(
+            f"engine.max_num_batched_tokens={budget} must exceed engine.max_num_seqs={seqs}: "
+            "every running request takes a token, and prompts need room"
+        )
+    watermark = tree["watermark"]
+    if watermark is None:
+        watermark = 0.0 if rule is Rule.CHUNKED else 0.01
+    watermark = _number("engine.watermark", watermark, low=0.0)
+    if not isinstance(tree["prefix_caching"], bool):
+        raise ConfigError(f"engine.prefix_caching={tree['prefix_caching']!r}: use true or false")
+    return EngineConfig(
+        block_size=_integer("engine.block_size", tree["block_size"], 1),
+        max_num_batched_tokens=budget,
+        max_num_seqs=seqs,
+        rule=rule,
+        prefix_caching=tree["prefix_caching"],
+        watermark=watermark,
+        max_leap=_optional_int("engine.max_leap", tree["max_leap"]),
+        max_model_len=longest,
+    )
+
+
+def _exact(cls: Any, where: str, tree: Mapping[str, Any]) -> Any:
+    known = [field.name for field in fields(cls)]
+    for key in tree:
+        if key not in known:
+            raise ConfigError(f"{where}.{key} is unknown; known: {', '.join(known)}")
+    return cls(**tree)
+
+
+def _without(tree: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if key not in keys}
+
+
+def _integer(key: str, value: object, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{key}={value!r}: give a whole number of at least {low}")
+    return value
+
+
+def _optional_int(key: str, value: object) -> int | None:
+    return None if value is None else _integer(key, value, 1)
+
+
+def _number(key: str, value: object, low: float = 0.0) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
+        raise ConfigError(f"{key}={value!r}: give a number of at least {low:g}")
+    return float(value)
+
+
+def _maybe(key: str, value: object) -> float | None:
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return None if value is None else float(value)
+    raise ConfigError(f"{key}={value!r}: give a number, or null")
+
+
+def _choice(key: str, value: object, names: Sequence[str]) -> str:
+    if value not in names:
+        raise ConfigError(f"{key}={value!r} is unknown; choose one of: {', '.join(names)}")
+    return str(value)
+
+
+def _one_line(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's message on one line, led by the override at fault where it can be told."""
+    text = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
+    for group in GROUPS:
+        for override in overrides:
+            if override.startswith(f"{group}=") and f"'{group}/" in text:
+                names = ", ".join(available(group))
+                return f"{override}: unknown {group}; choose one of: {names}"
+    for override in overrides:
+        key = override.split("=")[0].lstrip("+~")
+        if key in text or key.split(".")[-1] in text:
+            if "not in struct" in text or "Could not override" in text:
+                return f"{override}: there is no such key (see conf/config.yaml, or run.py --help)"
+            return f"{override}: {text}"
+    return text

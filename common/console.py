@@ -1,0 +1,208 @@
+"""What a run prints: a table of its summary, several summaries side by side, and progress while it runs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, TextIO
+
+import numpy as np
+
+from common.metrics import PERCENTILES, as_numpy, format_metric
+from common.provenance import label, provenance_line
+from common.record import RunRecord
+from common.runs import LoadedRun
+from common.types import RequestStatus
+
+Summary = Mapping[str, Any]
+
+LATENCIES = {"ttft": "TTFT (ms)", "tpot": "TPOT (ms)", "itl": "ITL (ms)", "e2el": "end to end (ms)"}
+
+# metric, header, factor from the summary's unit to the header's, best: -1 lowest, +1 highest, 0 no judgement
+COLUMNS: tuple[tuple[str, str, float, int], ...] = (
+    ("mean_ttft_ms", "TTFT mean ms", 1, -1),
+    ("median_ttft_ms", "TTFT P50 ms", 1, -1),
+    ("p99_ttft_ms", "TTFT P99 ms", 1, -1),
+    ("mean_tpot_ms", "TPOT mean ms", 1, -1),
+    ("p99_tpot_ms", "TPOT P99 ms", 1, -1),
+    ("p99_itl_ms", "ITL P99 ms", 1, -1),
+    ("p99_e2el_ms", "E2E P99 ms", 1, -1),
+    ("completed", "finished", 1, 0),
+    ("request_throughput", "requests /s", 1, 1),
+    ("output_throughput", "output tok/s", 1, 1),
+    ("goodput", "goodput req/s", 1, 1),
+    ("slo_attainment", "SLO met %", 100, 1),
+    ("gpu_seconds", "GPU s", 1, -1),
+    ("mean_kv_utilisation", "KV mean %", 100, 0),
+    ("num_preemptions", "preempt.", 1, -1),
+    ("num_migrations", "migrat.", 1, 0),
+    ("bytes_moved", "moved GB", 1e-9, 0),
+)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def summary_table(name: str, summary: Summary, manifest: Mapping[str, Any]) -> str:
+    """One run's summary: what it is, then counts, rates, latencies and cost."""
+
+    def f(key: str, scale: float = 1) -> str:
+        value = summary.get(key)
+        return format_metric(value if value is None or scale == 1 else value * scale)
+
+    rows = [
+        f"{name}: {provenance_line([manifest])}",
+        _row("requests", f"{f('completed')} of {f('num_requests')} finished, {f('rejected')} rejected, "
+             f"{f('live_at_end')} live at the end, in {f('duration_s')} s ({label(manifest)})"),
+        _row("throughput", f"{f('request_throughput')} requests/s, {f('output_throughput')} output tokens/s, "
+             f"{f('total_token_throughput')} tokens/s"),
+        _row("within SLO", f"{f('slo_attainment', 100)}% of requests, goodput {f('goodput')} requests/s"),
+        "",
+        *_latency_rows(summary),
+        "",
+        _row("KV memory", f"{f('mean_kv_utilisation', 100)}% used on average, {f('peak_kv_utilisation', 100)}% at peak"),
+        _row("in the cluster", f"{f('mean_running')} running, {f('mean_waiting')} waiting on average"),
+        _row("movement", f"{f('num_preemptions')} preemptions, {f('num_migrations')} migrations, "
+             f"{f('bytes_moved', 1e-9)} GB moved, {f('cached_token_share', 100)}% of prompt tokens cached"),
+        _row("GPUs", f"{f('mean_num_gpus')} on average, {f('peak_num_gpus')} at peak, {f('gpu_seconds')} GPU-seconds"),
+    ]  # fmt: skip
+    wall_s = manifest.get("wall_seconds")
+    if wall_s:
+        rate = (summary.get("num_requests") or 0) / wall_s
+        rows.append(_row("wall time", f"{wall_s:.3f} s, {rate:,.0f} requests/s"))
+    return "\n".join(rows)
+
+
+def _row(name: str, text: str) -> str:
+    return f"  {name:<15} {text}"
+
+
+def _latency_rows(summary: Summary) -> list[str]:
+    stats = ("mean", *PERCENTILES)
+    header = {"mean": "mean", "median": "P50", "p90": "P90", "p95": "P95", "p99": "P99", "p999": "P99.9"}
+    rows = [f"  {'':<15} " + " ".join(f"{header[stat]:>9}" for stat in stats)]
+    for key, title in LATENCIES.items():
+        cells = (format_metric(summary.get(f"{stat}_{key}_ms")) for stat in stats)
+        rows.append(f"  {title:<15} " + " ".join(f"{cell:>9}" for cell in cells))
+    return rows
+
+
+def comparison_table(runs: Sequence[LoadedRun], width: int = 110) -> str:
+    """Runs below each other, metrics in columns, `*` at the best of each; columns wrap into blocks of `width`."""
+    names = [run.name for run in runs]
+    first = max(len("run"), *(len(name) for name in names)) if names else 3
+    blocks: list[list[list[str]]] = [[]]
+    used = first
+    for column in _columns(runs):
+        cost = max(len(cell) for cell in column) + 2
+        if used + cost > width and blocks[-1]:
+            blocks.append([])
+            used = first
+        blocks[-1].append(column)
+        used += cost
+    lines = [provenance_line([run.manifest for run in runs])]
+    for block in blocks:
+        lines.append("")
+        for i, name in enumerate(["", "run", *names]):
+            cells = (column[i].rjust(max(len(cell) for cell in column)) for column in block)
+            lines.append("  ".join([name.ljust(first), *cells]).rstrip())
+    return "\n".join([*lines, "", "* best of its column (none marked where all are equal or nothing is better)"])
+
+
+def _columns(runs: Sequence[LoadedRun]) -> list[list[str]]:
+    """Cells of each column that any run has: two lines of header, then one per run."""
+    out = []
+    for key, header, factor, direction in COLUMNS:
+        values = [run.summary.get(key) for run in runs]
+        if all(value is None for value in values):
+            continue
+        best = _best([value for value in values if value is not None], direction)
+        cells = [
+            (format_metric(value if factor == 1 or value is None else value * factor)) + ("*" if value == best else " ")
+            if value is not None else "- "
+            for value in values
+        ]  # fmt: skip
+        above, below = header.rsplit(" ", 1) if " " in header else ("", header)
+        out.append([above + " ", below + " ", *cells])
+    return out
+
+
+def _best(values: Sequence[float], direction: int) -> float | None:
+    if not direction or len(values) < 2 or min(values) == max(values):
+        return None
+    return max(values) if direction > 0 else min(values)
+
+
+# ---------------------------------------------------------------- progress
+
+
+class Progress:
+    """Requests done so far, on stderr: a bar on a terminal, else at most a line each 10% or 10 s, none under 1 s.
+
+    Call it as often as you like (`drive`'s `progress`): it looks at the record a few times a second at most.
+    """
+
+    BAR_S, LINE_S = 0.2, 1.0
+
+    def __init__(self, record: RunRecord, label: str = "simulating", stream: TextIO | None = None) -> None:
+        self._record, self._label = record, label
+        self._stream = sys.stderr if stream is None else stream
+        self._total = len(record.requests.status)
+        self._is_terminal = self._stream.isatty()
+        self._begin = time.monotonic()
+        self._next = self._begin + (self.BAR_S if self._is_terminal else self.LINE_S)
+        self._said_share, self._said_at = 0.0, self._begin
+        self._bar: Any = None
+
+    def __call__(self, now_ns: int) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        done = self._done()
+        if self._is_terminal:
+            self._next = now + self.BAR_S
+            self._draw(done)
+            return
+        self._next = now + self.LINE_S
+        if done / max(self._total, 1) >= self._said_share + 0.1 or now >= self._said_at + 10:
+            self._say(done, now)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finish the bar."""
+        if self._bar is not None:
+            self._draw(self._done())
+            self._bar.close()
+            self._bar = None
+
+    def _done(self) -> int:
+        """Finished and rejected requests. The view lives only here, so that the column stays free to grow."""
+        status = as_numpy(self._record.requests.status)
+        return int(np.count_nonzero(status >= int(RequestStatus.FINISHED)))
+
+    def _draw(self, done: int) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self._total, desc=self._label, unit="req", file=self._stream, dynamic_ncols=True, mininterval=0
+            )
+            self._bar.start_t = self._bar.last_print_t = self._bar.start_t - (time.monotonic() - self._begin)
+        self._bar.update(done - self._bar.n)
+
+    def _say(self, done: int, now: float) -> None:
+        rate = done / (now - self._begin)
+        left = f", {(self._total - done) / rate:,.0f} s left" if rate else ""
+        share = done / max(self._total, 1)
+        print(f"{self._label}: {share:.0%} ({done:,} of {self._total:,} requests), {rate:,.0f} requests/s{left}",
+              file=self._stream, flush=True)  # fmt: skip
+        self._said_share, self._said_at = share, now

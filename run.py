@@ -1,0 +1,207 @@
+"""python run.py system=vllm workload=burst     run one system on one workload (Hydra overrides; -m sweeps)."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import ConfigError, KVPlaneError
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
+    from common.policy import Policy
+    from common.record import RunRecord
+
+USAGE = """python run.py [key=value …]      one run; results in results/runs/<run.name>/
+python run.py -m key=a,b …        a sweep: one run per combination
+
+Common keys: system= workload= model= hardware= cluster.num_instances= cluster.tp= seed= run.name=
+All keys and their defaults: conf/config.yaml. Keys of a group: conf/<group>/<name>.yaml.
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run produced."""
+
+    folder: Path
+    summary: dict[str, Any]
+    manifest: dict[str, Any]
+
+
+def simulate(config: RunConfig, workload: Any) -> tuple[RunRecord, Policy]:
+    """Drive the configured policy over a simulated cluster. KeyboardInterrupt leaves a record marked partial."""
+    from common.build import cluster_model
+    from common.console import Progress
+    from common.driver import drive
+    from common.executors.sim import SimExecutor
+    from common.record import RequestColumns, RunRecord
+    from systems.registry import ORACLES, make_policy
+
+    cluster = cluster_model(config)
+    policy = make_policy(config.system, cluster.info(), config.engine, config.system_options)
+    record = RunRecord(RequestColumns.empty(workload.num_requests))
+    faults = tuple((int(seconds * 1e9), instance) for seconds, instance in config.cluster.lost)
+    executor = SimExecutor(cluster, workload, record, oracle=config.system in ORACLES, faults=faults)
+    log, close = _event_log(config)
+    was_enabled = gc.isenabled()
+    gc.disable()  # nothing cyclic is made per event; a tenth of the time goes otherwise
+    try:
+        with Progress(record, workload.num_requests) as progress:
+            drive(policy, executor, record, log, _sample_ns(config, workload), progress)
+    except KeyboardInterrupt:
+        record.partial = True
+        executor.abandon()
+    finally:
+        close()
+        if was_enabled:
+            gc.enable()
+    return record, policy
+
+
+def _sample_ns(config: RunConfig, workload: Any) -> int:
+    if config.run.sample_ms is not None:
+        return max(1, int(config.run.sample_ms * 1e6))
+    span = int(workload.arrival_ns.max()) if workload.num_requests else 0
+    return max(span // 1000, 50_000_000)
+
+
+def _event_log(config: RunConfig) -> tuple[Any, Any]:
+    if not config.log.events:
+        return None, lambda: None
+    from common.log import EventLog
+
+    log = EventLog(Path(config.run.results) / config.run_name / "events.jsonl")
+    return log, log.close
+
+
+def execute(config: RunConfig, quiet: bool = False) -> Outcome:
+    """Run, write the results folder, print the table, draw. Raises KVPlaneError on what a user can mend."""
+    from common.metrics import summarize
+    from common.results import RunFolder
+    from workloads.build import build
+
+    if config.runtime != "sim":
+        raise ConfigError(f"runtime={config.runtime} is not built yet; use runtime=sim")
+    folder = RunFolder.create(config.run.results, config.run_name)
+    begin = time.perf_counter()
+    workload = build(config.workload, config.seed)
+    if not workload.num_requests:
+        raise ConfigError(f"workload={config.workload_name} has no requests: {dict(workload.counts)}")
+    workload_s = time.perf_counter() - begin
+    begin = time.perf_counter()
+    record, _ = simulate(config, workload)
+    simulate_s = time.perf_counter() - begin
+    summary = {**summarize(record, config.slo, config.cluster.tp), **_context(workload, record)}
+    facts = {
+        "system": config.system,
+        "workload": config.workload_name,
+        "model": config.model.name,
+        "hardware": config.hardware.name,
+        "hardware_derived_from": config.hardware.derived_from,
+        "num_instances": config.cluster.num_instances,
+        "tp": config.cluster.tp,
+        "runtime": config.runtime,
+        "seed": config.seed,
+        "workload_s": workload_s,
+        "provenance": workload.provenance,
+        "partial": record.partial,
+    }
+    manifest = folder.write(record, config_yaml=config.yaml, summary=summary, facts=facts, simulate_s=simulate_s,
+                            log_segments=config.log.segments)  # fmt: skip
+    _present(config, record, folder.path, summary, quiet)
+    return Outcome(folder.path, summary, manifest)
+
+
+def _context(workload: Any, record: RunRecord) -> dict[str, Any]:
+    counts = {f"workload_{key}": value for key, value in workload.counts.items() if value}
+    return {**counts, "num_events": record.num_events, "num_commands": record.num_commands,
+            "num_iterations": record.num_iterations}  # fmt: skip
+
+
+def _present(config: RunConfig, record: RunRecord, path: Path, summary: dict[str, Any], quiet: bool) -> None:
+    """Trace, figures, external logger and the console table; none of them changes the results."""
+    if config.run.trace:
+        from common.perfetto import write_trace
+
+        write_trace(record, path / "trace.json")
+    figures: list[Path] = []
+    if config.run.figures:
+        from common.plots import draw_run
+
+        figures = draw_run(path)
+    if config.logger != "none":
+        from common.loggers import log_run
+
+        log_run(config.logger, path)
+    if not quiet:
+        from common.console import summary_table
+
+        print(summary_table(summary, config.run_name, config.runtime))
+        if config.hardware.derived_from:
+            print(f"note: {config.hardware.name} is derived from {config.hardware.derived_from}, not measured")
+        print(f"results: {path}" + (f"   figure: {figures[0]}" if figures else ""))
+
+
+def help_text() -> str:
+    """--help: every system, workload, model and hardware, one line each."""
+    from common.config import available
+
+    lines = [USAGE]
+    for group in ("system", "workload", "model", "hardware", "experiment"):
+        found = available(group)
+        if found:
+            lines.append(f"{group}:")
+            lines += [f"  {name:<16} {text}" for name, text in found.items()]
+    return "\n".join(lines)
+
+
+def _sweep() -> None:
+    """Hydra's multirun, its launcher and sweeper; each job is one `execute`."""
+    import hydra
+
+    from common.config import CONF, from_composed
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def job(composed: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf, open_dict
+
+        if composed.run.name is None:
+            with open_dict(composed):
+                composed.run.name = "sweep/" + (HydraConfig.get().job.override_dirname.replace("/", "-") or "base")
+        tree = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+        with open_dict(tree):
+            tree.hydra = {"runtime": {"choices": dict(HydraConfig.get().runtime.choices)}}
+        execute(from_composed(tree))
+
+    job()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the user can mend it (one line on stderr), 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if any(argument in ("-h", "--help") for argument in arguments):
+            print(help_text())
+        elif any(argument in ("-m", "--multirun") for argument in arguments):
+            _sweep()
+        else:
+            from common.config import compose
+
+            outcome = execute(compose(arguments))
+            if outcome.manifest.get("partial"):
+                print(f"interrupted: partial results in {outcome.folder}", file=sys.stderr)
+                return 130
+    except KVPlaneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
