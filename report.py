@@ -46,7 +46,9 @@ def _report(runs: Sequence[LoadedRun], out: Path) -> None:
     if len(runs) > 1:
         print(comparison_table(runs, width=max(shutil.get_terminal_size((110, 24)).columns, 80)))
     elif runs[0].summary:
-        print(summary_table(runs[0].name, runs[0].summary, runs[0].manifest))
+        print(
+            summary_table(runs[0].summary, runs[0].name, runs[0].manifest.get("runtime", "unknown"), runs[0].manifest)
+        )
     for path in _draw(runs, out):
         print(f"wrote {os.path.relpath(path)}")
 

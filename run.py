@@ -113,7 +113,7 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
     }
     manifest = folder.write(record, config_yaml=config.yaml, summary=summary, facts=facts, simulate_s=simulate_s,
                             log_segments=config.log.segments)  # fmt: skip
-    _present(config, record, folder.path, summary, quiet)
+    _present(config, record, folder.path, summary, manifest, quiet)
     return Outcome(folder.path, summary, manifest)
 
 
@@ -123,7 +123,9 @@ def _context(workload: Any, record: RunRecord) -> dict[str, Any]:
             "num_iterations": record.num_iterations}  # fmt: skip
 
 
-def _present(config: RunConfig, record: RunRecord, path: Path, summary: dict[str, Any], quiet: bool) -> None:
+def _present(
+    config: RunConfig, record: RunRecord, path: Path, summary: dict[str, Any], manifest: dict[str, Any], quiet: bool
+) -> None:
     """Trace, figures, external logger and the console table; none of them changes the results."""
     if config.run.trace:
         from common.perfetto import write_trace
@@ -137,11 +139,11 @@ def _present(config: RunConfig, record: RunRecord, path: Path, summary: dict[str
     if config.logger != "none":
         from common.loggers import log_run
 
-        log_run(config.logger, path)
+        log_run(config.logger, path, options=config.logger_options)
     if not quiet:
         from common.console import summary_table
 
-        print(summary_table(summary, config.run_name, config.runtime))
+        print(summary_table(summary, config.run_name, config.runtime, manifest))
         if config.hardware.derived_from:
             print(f"note: {config.hardware.name} is derived from {config.hardware.derived_from}, not measured")
         print(f"results: {path}" + (f"   figure: {figures[0]}" if figures else ""))

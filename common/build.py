@@ -73,8 +73,10 @@ def cluster_model(config: RunConfig) -> ClusterModel:
 
 def _vidur(config: RunConfig, layers: int) -> StageCost:
     from common.cost.vidur_tables import VidurTables
+    from workloads.paths import data_root
 
     wanted = ("Llama-2-70B", 2, config.model.num_layers)
     if (config.model.name, config.cluster.tp, layers) != wanted:
         raise ConfigError("cost.source=vidur has tables for model=llama2-70b cluster.tp=2 only")
-    return VidurTables()
+    folder = data_root() / "vidur" / "predictions_llama2-70b_tp2_a100"
+    return VidurTables(folder, layers)

@@ -74,6 +74,7 @@ class RunConfig:
     slo: Slo
     runtime: str
     logger: str
+    logger_options: Mapping[str, Any]
     log: LogOptions
     run: RunOptions
     seed: int
@@ -140,7 +141,8 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
         traits=engine_traits(tree["cost"]["traits"]),
         slo=Slo(_maybe("slo.ttft_ms", tree["slo"]["ttft_ms"]), _maybe("slo.tpot_ms", tree["slo"]["tpot_ms"])),
         runtime=tree["runtime"]["name"],
-        logger=choices.get("logger") or "none",
+        logger=tree["logger"]["kind"],
+        logger_options=_without(tree["logger"], "kind", "description"),
         log=LogOptions(**tree["log"]),
         run=_exact(RunOptions, "run", tree["run"]),
         seed=_integer("seed", tree["seed"], 0),

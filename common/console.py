@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from common.metrics import PERCENTILES, as_numpy, format_metric
-from common.provenance import label, provenance_line
+from common.provenance import label, provenance_line, runtime_label
 from common.record import RunRecord
 from common.runs import LoadedRun
 from common.types import RequestStatus
@@ -45,24 +45,31 @@ COLUMNS: tuple[tuple[str, str, float, int], ...] = (
 # ---------------------------------------------------------------- tables
 
 
-def summary_table(name: str, summary: Summary, manifest: Mapping[str, Any]) -> str:
-    """One run's summary: what it is, then counts, rates, latencies and cost."""
+def summary_table(summary: Summary, name: str, runtime: str, manifest: Mapping[str, Any] | None = None) -> str:
+    """One run's summary: what it is, then counts, rates, latencies and cost.
+
+    With the run's manifest the first line says where the numbers come from and the last how long they took.
+    """
+    manifest = manifest or {}
+    known = label(manifest) if manifest else runtime_label(runtime)
 
     def f(key: str, scale: float = 1) -> str:
         value = summary.get(key)
         return format_metric(value if value is None or scale == 1 else value * scale)
 
     rows = [
-        f"{name}: {provenance_line([manifest])}",
+        f"{name}: {provenance_line([manifest]) if manifest else known}",
         _row("requests", f"{f('completed')} of {f('num_requests')} finished, {f('rejected')} rejected, "
-             f"{f('live_at_end')} live at the end, in {f('duration_s')} s ({label(manifest)})"),
+             f"{f('live_at_end')} live at the end, in {f('duration_s')} s ({known})"),
         _row("throughput", f"{f('request_throughput')} requests/s, {f('output_throughput')} output tokens/s, "
              f"{f('total_token_throughput')} tokens/s"),
-        _row("within SLO", f"{f('slo_attainment', 100)}% of requests, goodput {f('goodput')} requests/s"),
+        _row("within SLO", "no target set (slo.ttft_ms, slo.tpot_ms)" if summary.get("goodput") is None else
+             f"{f('slo_attainment', 100)}% of requests, goodput {f('goodput')} requests/s"),
         "",
         *_latency_rows(summary),
         "",
-        _row("KV memory", f"{f('mean_kv_utilisation', 100)}% used on average, {f('peak_kv_utilisation', 100)}% at peak"),
+        _row("KV memory", f"{f('mean_kv_utilisation', 100)}% used on average, "
+             f"{f('peak_kv_utilisation', 100)}% at peak"),
         _row("in the cluster", f"{f('mean_running')} running, {f('mean_waiting')} waiting on average"),
         _row("movement", f"{f('num_preemptions')} preemptions, {f('num_migrations')} migrations, "
              f"{f('bytes_moved', 1e-9)} GB moved, {f('cached_token_share', 100)}% of prompt tokens cached"),
@@ -146,10 +153,12 @@ class Progress:
 
     BAR_S, LINE_S = 0.2, 1.0
 
-    def __init__(self, record: RunRecord, label: str = "simulating", stream: TextIO | None = None) -> None:
-        self._record, self._label = record, label
+    def __init__(
+        self, record: RunRecord, total: int | None = None, name: str = "simulating", stream: TextIO | None = None
+    ) -> None:
+        self._record, self._label = record, name
         self._stream = sys.stderr if stream is None else stream
-        self._total = len(record.requests.status)
+        self._total = len(record.requests.status) if total is None else total
         self._is_terminal = self._stream.isatty()
         self._begin = time.monotonic()
         self._next = self._begin + (self.BAR_S if self._is_terminal else self.LINE_S)

@@ -9,23 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
-from common.runs import LoadedRun
+from common.runs import LoadedRun, load_run
 
 KINDS = ("none", "wandb")
 MAX_TABLE_ROWS = 10_000
 
 
-def log_run(kind: str, run: LoadedRun, figures: Sequence[Path] = (), options: Mapping[str, Any] | None = None) -> None:
-    """Log a finished run's configuration, summary, requests and figures. A failure is one line of warning."""
+def log_run(
+    kind: str,
+    run: LoadedRun | str | Path,
+    figures: Sequence[Path] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Log a finished run's configuration, summary, requests and figures (None: every PNG in its folder).
+
+    A failure is one line of warning.
+    """
     if kind not in KINDS:
         raise ConfigError(f"logger={kind}: there are {', '.join(KINDS)}")
     if kind == "none":
         return
+    folder = run.path if isinstance(run, LoadedRun) else Path(run)
     try:
-        _to_wandb(run, figures, options or {})
+        loaded = run if isinstance(run, LoadedRun) else load_run(run)
+        _to_wandb(loaded, sorted(folder.glob("*.png")) if figures is None else figures, options or {})
     except (Exception, SystemExit) as error:  # whatever wandb does, the results folder is complete
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"warning: logger=wandb failed ({reason[0]}); the results in {run.path} are complete", file=sys.stderr)
+        print(f"warning: logger=wandb failed ({reason[0]}); the results in {folder} are complete", file=sys.stderr)
 
 
 def _to_wandb(run: LoadedRun, figures: Sequence[Path], options: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from common.metrics import as_numpy, sample_starts
 from common.provenance import label
 from common.record import RunRecord
 from common.results import replacing
+from common.runs import MANIFEST
 
 MAX_REQUESTS = 2_000
 MAX_SEGMENTS = 50_000  # about 7 MB
@@ -29,12 +30,15 @@ FIRST_INSTANCE_PID = 10
 
 
 def write_trace(record: RunRecord, path: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Write `trace.json` (at most about 20 MB) from a run's record."""
+    """Write `trace.json` (at most about 20 MB) from a run's record; facts default to the manifest beside it."""
+    if facts is None:
+        manifest = path.with_name(MANIFEST)
+        facts = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
     notes: list[str] = []
     events = _counters(record, notes) + _segments(record, notes) + _requests(record, notes)
     events += _moves(record, notes) + _marks(record, notes)
     events = _names(record, notes) + events
-    other = {"runtime": label(facts or {}), "notes": notes, **(facts or {})}
+    other = {"label": label(facts), "notes": notes, **facts}
     with replacing(path) as temporary:
         temporary.write_text(
             '{"displayTimeUnit":"ms","otherData":' + json.dumps(other, default=str) + ',"traceEvents":[\n'

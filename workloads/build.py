@@ -100,7 +100,7 @@ def _extent(workload: Workload, config: Common) -> Workload:
     if config.num_requests is not None:
         workload = transform.first(workload, config.num_requests)
     if workload.num_requests == 0:
-        raise ConfigError(
-            f"workload {workload.name!r} is empty: no request is left; widen window_s, duration_s or num_requests"
-        )
+        why = ", ".join(f"{key} {count}" for key, count in workload.counts.items() if count) or "nothing arrives"
+        ways = "window_s, duration_s, num_requests or the limits on lengths"
+        raise ConfigError(f"workload {workload.name!r} is empty ({why}): widen {ways}")
     return workload

@@ -95,7 +95,7 @@ def _prefix(axes: Any, share: Floats, workload: Workload) -> None:
     tokens = workload.prompt_tokens
     weighted = float((share * tokens).sum() / tokens.sum())
     _cdf(axes, share, GREEN, "requests")
-    axes.axvline(weighted, color=GREY, linestyle="--", linewidth=1, label=f"of all tokens: {weighted:.2f}")
+    axes.plot([weighted] * 2, [0, 1], color=GREY, linestyle="--", linewidth=1, label=f"of all tokens: {weighted:.2f}")
     axes.set(xlabel="reusable part of the prompt", ylabel="share of requests", title="Prefixes, infinite cache")
     axes.set(xlim=(-0.02, 1.02))
     _room_for_legend(axes)

@@ -20,7 +20,8 @@ def horizon_s(config: Common) -> float | None:
     """How long to generate so that, after `speed` and `rate_scale`, `duration_s` is filled."""
     if config.duration_s is None:
         return None
-    end = config.duration_s * config.speed * max(1.0, config.rate_scale)
+    upscale = 1.1 * config.rate_scale if config.rate_scale > 1.0 else 1.0  # its rounding is random: a margin
+    end = config.duration_s * config.speed * upscale
     return end if config.window_s is None else max(end, config.window_s[1])
 
 

@@ -114,8 +114,9 @@ class Mixture:
     fraction: float
 
     def draw(self, rng: Rng, num: int) -> Ints:
-        is_long = rng.random(num) < self.fraction
-        return np.where(is_long, self.long.draw(rng, num), self.short.draw(rng, num))
+        choose, long, short = rng.spawn(3)  # so that more draws extend fewer
+        is_long = choose.random(num) < self.fraction
+        return np.where(is_long, self.long.draw(long, num), self.short.draw(short, num))
 
 
 Length = LogNormal | Fixed | Uniform | Zipf | Mixture

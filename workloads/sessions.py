@@ -19,6 +19,7 @@ from workloads.lengths import lognormal
 from workloads.transform import scale_tokens, zero_message
 from workloads.types import Content, Ints, Piece, Workload, add_counts, no_counts
 
+MESSAGE_MAX = 16384  # tokens of one message
 TURNS_DRAWN = 64  # think times drawn per session; more only where some session is longer
 
 
@@ -119,11 +120,10 @@ def build_sessions(config: Sessions, seed: int) -> Workload:
     """Chat sessions; with `system_tokens`, agents whose few-shot prompt is shared and whose tools answer between."""
     start_ns, session = _starts_and_turns(config, seed)
     num = len(session)
-    rng = stream(seed, "workload.lengths")
     is_first = np.append(True, session[1:] != session[:-1]) if num else np.empty(0, bool)
-    opening = lognormal(config.first_mean, p50=config.first_p50, high=16384).draw(rng, num)
-    later = lognormal(config.user_mean, p50=config.user_p50, high=8192).draw(rng, num)
-    output = lognormal(config.output_mean, p50=config.output_p50, high=8192).draw(rng, num)
+    opening = _draw("first", config.first_mean, config.first_p50, num, seed)
+    later = _draw("user", config.user_mean, config.user_p50, num, seed)
+    output = _draw("output", config.output_mean, config.output_p50, num, seed)
     system = None
     if config.system_tokens:
         which = stream(seed, "workload.content").integers(config.system_prompts, size=len(start_ns)).tolist()
@@ -132,6 +132,10 @@ def build_sessions(config: Sessions, seed: int) -> Workload:
     think = think_times(session, config.think_mean_s, config.think_cv, seed)
     why = "sessions: means and medians after MemServe Fig. 7, turn counts and think times ours"
     return compose("sessions", turns, start_ns, think, config, why)
+
+
+def _draw(name: str, mean: float, p50: float, num: int, seed: int) -> Ints:
+    return lognormal(mean, p50=p50, high=MESSAGE_MAX).draw(stream(seed, f"workload.lengths.{name}"), num)
 
 
 def _starts_and_turns(config: Sessions, seed: int) -> tuple[Ints, Ints]:

@@ -20,9 +20,7 @@ MEMO_LIMIT = 1 << 16
 class AttentionCost:
     """Attention with `heads` query and `kv_heads` KV heads per rank."""
 
-    def __init__(
-        self, operators: Operators, heads: int, kv_heads: int, head_dim: int, dtype_bytes: int = 2
-    ) -> None:
+    def __init__(self, operators: Operators, heads: int, kv_heads: int, head_dim: int, dtype_bytes: int = 2) -> None:
         roof = operators.roof
         self.pair_ns = 4.0 * heads * head_dim / roof.flops_per_ns  # speed of light per query-key pair
         self.read_ns = 2.0 * kv_heads * head_dim * dtype_bytes / roof.bytes_per_ns  # and per token of KV read
@@ -34,9 +32,7 @@ class AttentionCost:
         self._t: list[list[float]] = chunk.time_ns.tolist()
         self._floor = float(chunk.time_ns.min())
         several = operators.several(heads, kv_heads, head_dim)
-        self._several = (
-            None if several is None else (several.x.tolist(), several.y.tolist(), several.time_ns.tolist())
-        )
+        self._several = None if several is None else (several.x.tolist(), several.y.tolist(), several.time_ns.tolist())
         mixing = operators.mixing(heads, kv_heads, head_dim)
         self._mix = None if mixing is None else MixTable(mixing)
         self._memo: dict[tuple[int, float], float] = {}
@@ -59,9 +55,7 @@ class AttentionCost:
             row = self._rows[batch] = self.decode_row(batch, 1, 0, 0)
         return float(row.attention_ns(context))
 
-    def batch_ns(
-        self, chunks: Sequence[tuple[int, int]], decodes: int, context: int, decode_ns: float
-    ) -> float:
+    def batch_ns(self, chunks: Sequence[tuple[int, int]], decodes: int, context: int, decode_ns: float) -> float:
         """Chunks of (new, cached) tokens beside `decodes` of `context` tokens that alone would take `decode_ns`."""
         if len(chunks) == 1:
             new, cached = chunks[0]

@@ -21,9 +21,7 @@ class DecodeRow:
         self.knots = [int(k) for k in knots]
         self.levels = [int(t) + 1 for t in times]
         pairs = zip(self.levels, self.levels[1:], self.knots, self.knots[1:])
-        self.slopes = [
-            -((-(b - a) << SHIFT) // (v - u)) for a, b, u, v in pairs
-        ]  # rounded up: never below the line
+        self.slopes = [-((-(b - a) << SHIFT) // (v - u)) for a, b, u, v in pairs]  # rounded up: never below the line
         self.slopes.append(self.slopes[-1])
         self.device_ns, self.host_ns = device_ns, host_ns
         self.prefix: list[int] = [0]

@@ -25,6 +25,7 @@ from common.errors import ConfigError, KVPlaneError
 
 HEAD_DIM = 128
 DENSE = 0.5  # share of a lattice's shapes that must be measured for it to be completed
+OUTLIER = 1.5
 MAX_MESSAGE = 1 << 28  # bytes of an all-reduce
 SEND_BINS = 4  # bins of send/recv sizes per doubling
 MAX_TOKENS = 16384  # rows of a linear layer worth keeping
@@ -43,9 +44,7 @@ class Source:
     num_sm: int
     kernel: str
     licence: str
-    skew_alpha: float | None = (
-        None  # `alpha_default` of meta.yaml, where the skew rows themselves are not at hand
-    )
+    skew_alpha: float | None = None  # `alpha_default` of meta.yaml, where the skew rows themselves are not at hand
     network: str = ""  # folder with send/recv between two GPUs of one node
 
 
@@ -69,9 +68,7 @@ def lattice(table: Table, axes: Sequence[Array]) -> Array:
     return out
 
 
-def fill(
-    values: Array, axes: Sequence[Array], axes_used: Sequence[int] | None = None, diagonal: bool = False
-) -> Array:
+def fill(values: Array, axes: Sequence[Array], axes_used: Sequence[int] | None = None, diagonal: bool = False) -> Array:
     """Fill holes of log-ratios: mean of the interpolations along each axis, then the nearest value along an axis."""
     out = values.copy()
     used = range(len(axes)) if axes_used is None else axes_used
@@ -124,10 +121,25 @@ def fill_times(times: Array, roof: Array, axes: Sequence[Array], diagonal: bool 
 
 
 def concat(tables: Sequence[Table]) -> Table | None:
-    """Rows of several tables with the same columns; a shape measured more than once (several versions) keeps its
-    fastest time: what disturbs a measurement only ever slows it."""
+    """Rows of several tables with the same columns. A shape measured more than once (versions of an engine) takes
+    the geometric mean, or the fastest where they disagree by more than `OUTLIER`: disturbances only slow things."""
     if not tables:
         return None
+    keys = np.concatenate([t.keys for t in tables])
+    logs = np.log(np.concatenate([t.time_ns for t in tables]))
+    unique, which = np.unique(keys, axis=0, return_inverse=True)
+    which = which.reshape(-1)
+    low, high, total = np.full(len(unique), np.inf), np.full(len(unique), -np.inf), np.zeros(len(unique))
+    np.minimum.at(low, which, logs)
+    np.maximum.at(high, which, logs)
+    np.add.at(total, which, logs)
+    mean = total / np.bincount(which)
+    times = np.exp(np.where(high - low > np.log(OUTLIER), low, mean))
+    return Table(tables[-1].family, tables[-1].columns, unique, times)
+
+
+def fastest(tables: Sequence[Table]) -> Table:
+    """Rows of several kernels for one operation: an engine picks the fastest at each shape."""
     keys = np.concatenate([t.keys for t in tables])
     times = np.concatenate([t.time_ns for t in tables])
     order = np.argsort(times, kind="stable")
@@ -197,9 +209,7 @@ def fit_decode(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[Any
         part = table.take((table.column("heads") == h) & (table.column("kv_heads") == kv))
         part = Table("", ("batch", "kv"), part.keys[:, :2], part.time_ns)
         ideal = roof.decode(batch[:, None], kv_axis[None, :], int(h), int(kv), HEAD_DIM)
-        out.append(
-            np.minimum(fill_times(lattice(part, [batch, kv_axis]), ideal, [batch, kv_axis], True), LONGEST_NS)
-        )
+        out.append(np.minimum(fill_times(lattice(part, [batch, kv_axis]), ideal, [batch, kv_axis], True), LONGEST_NS))
     return {
         "dec_heads": heads.astype(np.int32),
         "dec_batch": batch.astype(np.int32),
@@ -225,9 +235,7 @@ def fit_attention(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[
         ideal_c = roof.prefill_work(c[:, None], pairs, h, kv, HEAD_DIM)
         ideal_d = roof.decode(n[:, None], kd[None, :], h, kv, HEAD_DIM)
         chunks.append(fill_times(lattice(_columns(t.take(alone_c), 0, 1), [c, kp]), ideal_c, [c, kp]))
-        decodes.append(
-            fill_times(lattice(_columns(t.take(alone_d), 2, 3), [n, kd]), ideal_d, [n, kd], len(kd) < 12)
-        )
+        decodes.append(fill_times(lattice(_columns(t.take(alone_d), 2, 3), [n, kd]), ideal_d, [n, kd], len(kd) < 12))
         both = lattice(t.take(~alone_c & ~alone_d), [c, kp, n, kd])
         total = chunks[-1][:, :, None, None] + decodes[-1][None, None, :, :]
         mixed.append(np.minimum(fill_times(both, total, [c, kp, n, kd]), LONGEST_NS))
@@ -278,7 +286,7 @@ def merge_all_reduce(tables: Sequence[Table]) -> list[Table]:
     for t in tables:
         if t.family == "all_reduce" and len(t.time_ns):
             groups.setdefault(_card_folder(str(t.get("source"))), []).append(t)
-    merged = [table for group in groups.values() if (table := concat(group)) is not None]
+    merged = [fastest(group) for group in groups.values()]
     return [t for t in tables if t.family != "all_reduce"] + merged
 
 
@@ -307,8 +315,7 @@ def fit_send_recv(tables: Sequence[Table]) -> dict[str, npt.NDArray[Any]]:
     """Point-to-point within a node: median time in bins of bytes, eight to a doubling at most."""
     if not tables:
         return {}
-    table = tables[0]
-    inside = table.take(table.column("per_node") == 2)
+    inside = tables[0]
     size = inside.column("bytes").astype(np.float64)
     bins = np.round(np.log2(size) * SEND_BINS)
     knots = [float(np.exp(np.log(size[bins == b]).mean())) for b in np.unique(bins)]
@@ -390,9 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tables, alpha = read_source(source, data)
             path = Path(args.out) / f"{source.name}.npz"
             fit_tables(source, tables, alpha).save(path)
-            print(
-                f"{path.name}: {sum(len(t.time_ns) for t in tables):,} points, {path.stat().st_size:,} bytes"
-            )
+            print(f"{path.name}: {sum(len(t.time_ns) for t in tables):,} points, {path.stat().st_size:,} bytes")
     except KVPlaneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""The held-out error of the cost model: `python -m common.cost.holdout [--data DIR] [--out results/validation/operators]`.
+"""The held-out error of the cost model: `python -m common.cost.holdout [--data DIR] [--out DIR]`.
 
 Each card is fitted again without a fifth of its shapes (never of its rows: every time of a shape is on one side) and
 asked for them. Linear layers hold out whole (n, k) shapes; attention holds out (batch, length, heads) shapes, and in
@@ -109,9 +109,7 @@ def card_report(source: Source, tables: Sequence[Table]) -> list[Row]:
     rows = [{"split": "shapes", "card": source.name, **row} for row in summarise(compared)]
     train, test = split_heads(tables)
     if test:
-        rows += [
-            {"split": "new heads", "card": source.name, **r} for r in summarise(refit(source, train, test))
-        ]
+        rows += [{"split": "new heads", "card": source.name, **r} for r in summarise(refit(source, train, test))]
     return rows
 
 
@@ -121,9 +119,7 @@ def pair_report(data: Path) -> list[Row]:
     for name in ("Llama-2-7b-hf", "Llama-2-70b-hf"):
         folder = data / "profiles/vidur/compute/a100/meta-llama" / name
         compared = compare(Operators(hardware_named("a100-80g")), read_tables(folder, "vidur"))
-        rows += [
-            {"split": "left out", "card": f"a100_sxm / {name} (Vidur)", **r} for r in summarise(compared)
-        ]
+        rows += [{"split": "left out", "card": f"a100_sxm / {name} (Vidur)", **r} for r in summarise(compared)]
     return rows
 
 
@@ -143,9 +139,11 @@ def refit_pairs(source: Source, tables: Sequence[Table]) -> list[Row]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The report as a table."""
-    head = "# Held-out error of the cost model\\n\\nWritten by `python -m common.cost.holdout`; see docs/cost-model.md.\\n"
     lines = [
-        head.replace("\\n", "\n"),
+        "# Held-out error of the cost model",
+        "",
+        "Written by `python -m common.cost.holdout`; what each split means is in docs/cost-model.md.",
+        "",
         "| split | card | family | regime | points | median | P95 | bias |",
         "|---|---|---|---|---:|---:|---:|---:|",
     ]

@@ -46,8 +46,7 @@ def check_tp(model: ModelSpec, tp: int) -> None:
     """Raise unless the heads divide over `tp` ranks."""
     if tp < 1 or model.num_heads % tp or (model.num_kv_heads % tp and tp % model.num_kv_heads):
         raise ConfigError(
-            f"model {model.name}: {model.num_heads} heads and {model.num_kv_heads} KV heads do not "
-            f"divide over tp={tp}"
+            f"model {model.name}: {model.num_heads} heads and {model.num_kv_heads} KV heads do not divide over tp={tp}"
         )
 
 

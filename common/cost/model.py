@@ -50,9 +50,7 @@ class InstanceCost:
 
     # -- whole iterations
 
-    def iteration_ns(
-        self, chunks: Sequence[tuple[int, int]], num_decodes: int, context: int, num_logits: int
-    ) -> int:
+    def iteration_ns(self, chunks: Sequence[tuple[int, int]], num_decodes: int, context: int, num_logits: int) -> int:
         """One forward pass: prefill `chunks` of (new tokens, cached context before them) beside `num_decodes`
         decodes of effective context `context` (mean + skew_alpha * (max - mean), the new token included); LM head
         and sampler run for `num_logits` rows."""

@@ -117,8 +117,10 @@ class Operators:
         return self._bandwidth_scaled(curve, grid, float(times.min()))
 
     def _bandwidth_scaled(self, curve: Array, grid: Grid, floor: float) -> Array:
+        """What exceeds the launch floor scales with bandwidth, the floor itself with the cards' attention floors:
+        it is a number of cycles, and data-centre cards clock lower."""
         ratio = grid.meta["mem_bandwidth"] / self.hardware.mem_bandwidth
-        return _above(curve, floor, ratio)
+        return _above(curve, floor, ratio) + floor * (attention_floor(self.grid) / attention_floor(grid) - 1.0)
 
     def all_reduce(self, gpus: int, num_bytes: Array) -> Array:
         """All-reduce over `gpus` of one node; the bandwidth part scales with the link."""
@@ -200,9 +202,7 @@ class Operators:
         tokens = x[:, None] * y[None, :]
         pairs = tokens * (y[None, :] + 1) / 2
         target = _query_work(self.roof, grid, tokens, pairs, heads, head_dim)
-        scaled = self._rescale(
-            times, _query_work(source, grid, tokens, pairs, h, 128), target, float(times.min())
-        )
+        scaled = self._rescale(times, _query_work(source, grid, tokens, pairs, h, 128), target, float(times.min()))
         roof = self.roof.prefill(tokens, pairs, heads, kv_heads, head_dim)
         return Lattice(x, y, np.maximum(scaled, roof))
 
@@ -214,9 +214,7 @@ class Operators:
         x, y = grid.knots(f"{prefix}_batch"), grid.knots(f"{prefix}_context")
         times = grid.times("mix_dec" if prefix == "mix" else "dec")[row]
         target = self.roof.decode(x[:, None], y[None, :], heads, kv_heads, head_dim)
-        scaled = self._rescale(
-            times, source.decode(x[:, None], y[None, :], h, kv, 128), target, float(times.min())
-        )
+        scaled = self._rescale(times, source.decode(x[:, None], y[None, :], h, kv, 128), target, float(times.min()))
         scaled = np.maximum(scaled, target)
         x = np.append(x, 4 * x[-1])
         return _far(Lattice(x, y, np.vstack([scaled, 4 * scaled[-1:]])))
@@ -244,6 +242,11 @@ class Operators:
         chunk = self.prefill(heads, kv_heads, head_dim).at(axes[0], axes[1])[:, :, None, None]
         decode = self.decode(heads, kv_heads, head_dim).at(axes[2], axes[3])[None, None]
         return Mixing(axes, (chunk + np.where(added > 0, added * scale, added)) / (chunk + decode))
+
+
+def attention_floor(grid: Grid) -> float:
+    """The shortest decode attention of a card, ns."""
+    return float(grid.times("mix_dec" if grid.has("mix") else "dec").min())
 
 
 def _above(time_ns: Array, floor: float, ratio: Array | float) -> Array:
@@ -324,9 +327,7 @@ def _longer_chunks(lattice: Lattice) -> Lattice:
     for _ in range(3):
         half = rows[-1]
         slope = (half[-1] - half[-2]) / (y[-1] - y[-2])
-        behind = np.where(
-            y + x[-1] > y[-1], half[-1] + slope * (y + x[-1] - y[-1]), np.interp(y + x[-1], y, half)
-        )
+        behind = np.where(y + x[-1] > y[-1], half[-1] + slope * (y + x[-1] - y[-1]), np.interp(y + x[-1], y, half))
         rows.append(half + behind)
         x.append(2 * x[-1])
     return Lattice(np.array(x), y, np.array(rows))

@@ -14,9 +14,7 @@ from common.cost.grids import Array
 from common.cost.operators import Operators
 from common.cost.tables import Table
 
-CACHED = (
-    0.98  # a time below this share of the speed of light was measured with its data in L2: not comparable
-)
+CACHED = 0.98  # a time below this share of the speed of light was measured with its data in L2: not comparable
 LATENCY_NS = 15_000.0  # below this, launch and synchronisation decide
 HEAD_DIM = 128
 
@@ -80,9 +78,7 @@ def _prefill(operators: Operators, table: Table) -> tuple[Array, Array]:
         for row in rows.tolist():
             batch, length = int(table.keys[row, 0]), int(table.keys[row, 1])
             out[row] = attention.batch_ns([(length, 0)] * batch, 0, 0, 0.0)
-            balance[row] = _balance(
-                operators, 4 * h * HEAD_DIM * length * length / 2, 4 * kv * HEAD_DIM * length
-            )
+            balance[row] = _balance(operators, 4 * h * HEAD_DIM * length * length / 2, 4 * kv * HEAD_DIM * length)
     return out, balance
 
 

@@ -51,18 +51,14 @@ class ModelSpec:
             "dtype_bytes",
         ):
             if int(getattr(self, field)) < 1:
-                raise ConfigError(
-                    f"model {self.name}: {field} must be at least 1, not {getattr(self, field)}"
-                )
+                raise ConfigError(f"model {self.name}: {field} must be at least 1, not {getattr(self, field)}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"model {self.name}: num_heads {self.num_heads} is not a multiple of "
-                f"num_kv_heads {self.num_kv_heads}"
+                f"model {self.name}: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
         if self.family not in ARCHITECTURES.values():
             raise ConfigError(
-                f"model {self.name}: unknown family {self.family!r}; supported: "
-                f"{', '.join(ARCHITECTURES.values())}"
+                f"model {self.name}: unknown family {self.family!r}; supported: {', '.join(ARCHITECTURES.values())}"
             )
 
     @property
@@ -148,9 +144,7 @@ class HardwareSpec:
     host_memory_bytes: int  # host DRAM per GPU that KV may be swapped to
     disk_bandwidth: float
     grid: str  # the measured efficiency grid under common/cost/grids
-    derived_from: str | None = (
-        None  # the sibling whose grid is scaled, when this card has no tables of its own
-    )
+    derived_from: str | None = None  # the sibling whose grid is scaled, when this card has no tables of its own
     provenance: str = ""
     startup_ns: int = 20_000_000_000  # process, CUDA context, graph capture; parameters are loaded on top
     description: str = ""

@@ -131,9 +131,7 @@ def read_aiconfigurator(folder: Path) -> Iterator[Table]:
             )
         elif kind == "generation_attention":
             frame = frame.assign(kv=frame["isl"] + frame["step"])
-            yield _table(
-                "decode_attention", frame, {"batch": "batch_size", "kv": "kv", **heads}, "latency", 1e6, path
-            )
+            yield _table("decode_attention", frame, {"batch": "batch_size", "kv": "kv", **heads}, "latency", 1e6, path)
         else:
             yield from _collectives(frame, kind, path)
 
@@ -321,12 +319,10 @@ def _vidur_attention(path: Path) -> Iterator[Table]:
 
 
 def _vidur_network(path: Path) -> Iterator[Table]:
+    """Within a node only: between nodes a copy crosses a NIC that the tables do not name."""
     family = path.stem
     frame = _frame(path)
-    if "devices_per_node" in frame:  # within a node only: between nodes a collective crosses the NIC
-        frame = frame[frame["devices_per_node"] == frame["num_workers"]] if family == "all_reduce" else frame
-    column = f"time_stats.{family}.median"
+    if "devices_per_node" in frame:
+        frame = frame[frame["devices_per_node"] == frame["num_workers"]]
     columns = {"gpus": "num_workers", "bytes": "size"}
-    if family == "send_recv":
-        columns["per_node"] = "devices_per_node"
-    yield _table(family, frame, columns, column, 1e6, path, kernel="nccl")
+    yield _table(family, frame, columns, f"time_stats.{family}.median", 1e6, path, kernel="nccl")

@@ -88,9 +88,7 @@ class VidurTables:
         known = self._ms(self._prefill, (kv, length * length), "prefill attention")
         return known * (1 + BATCHING_OVERHEAD * (len(chunks) > 1))
 
-    def iteration_ns(
-        self, chunks: Sequence[tuple[int, int]], num_decodes: int, context: int, num_logits: int
-    ) -> int:
+    def iteration_ns(self, chunks: Sequence[tuple[int, int]], num_decodes: int, context: int, num_logits: int) -> int:
         """One mixed forward pass; `num_logits` costs nothing here."""
         tokens = num_decodes + sum(new for new, _ in chunks)
         if not tokens:

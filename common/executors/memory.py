@@ -7,14 +7,16 @@ counted by the lane. Content-named cached blocks are a count. Law: used = lanes 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from common.errors import ContractError
 from common.types import InstanceInfo, Layers, Tier
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Held:
-    """KV of tokens [start, end) x layers of a request on one instance and tier; `ready` once its data is there."""
+    """KV of tokens [start, end) x layers of a request on one instance and tier. `ready`: its data is there and
+    nothing that moves (a copy or load into it, a swap out of it) has a claim on it."""
 
     instance: int
     tier: Tier
@@ -39,6 +41,8 @@ class InstanceMemory:
         self.used = 0
         self.cached = 0  # part of `used`: content-named cells that nobody runs on
         self.host_used = 0
+        self.host_cached = 0  # part of `host_used`
+        self.loading: set[int] = set()  # layers on their way back: their pages are taken
 
     def room(self) -> int:
         """Free cells."""
@@ -58,9 +62,13 @@ class InstanceMemory:
         if self.used < 0:
             raise ContractError(f"instance {self.info.instance}: more KV cells freed than held")
 
-    def full_capacity(self) -> int:
-        """Cells that the pages outside resident parameters hold."""
-        dropped = self.resident.count(False)
+    def host_room(self) -> int:
+        """Free cells of the host tier."""
+        return self.info.host_cells - self.host_used
+
+    def full_capacity(self, returning: int = 0) -> int:
+        """Cells that the pages outside parameters hold, once `returning` more layers have taken theirs."""
+        dropped = self.resident.count(False) - len(self.loading) - returning
         return self.info.kv_cells + dropped * self.info.layer_param_bytes // self.info.cell_bytes
 
     def has(self, layers: Layers) -> bool:
@@ -70,6 +78,19 @@ class InstanceMemory:
     def param_bytes(self) -> int:
         """Bytes of resident decoder layers."""
         return self.resident.count(True) * self.info.layer_param_bytes
+
+
+def union_cells(rectangles: list[Held], block_size: int) -> int:
+    """Cells that rectangles of one request on one instance and tier occupy; a block that two of them share is one."""
+    borders = sorted({border for held in rectangles for border in held.layers})
+    total = 0
+    for low, high in pairwise(borders):
+        band = [held for held in rectangles if held.layers[0] <= low and high <= held.layers[1]]
+        reached = 0
+        for first, last in sorted((held.start // block_size, -(-held.end // block_size)) for held in band):
+            total += max(0, last - max(first, reached)) * (high - low)
+            reached = max(reached, last)
+    return total
 
 
 def overlap(first: Layers, second: Layers) -> Layers | None:

@@ -22,10 +22,18 @@ class LinkSpec(NamedTuple):
 class Flow:
     """Bytes on their way."""
 
-    __slots__ = ("done", "not_before", "num_bytes", "ports", "priority", "rate", "remaining", "start_ns")
+    __slots__ = (
+        "done", "not_before", "num_bytes", "piece_bytes", "ports", "priority", "rate", "remaining", "sent", "start_ns",
+    )  # fmt: skip
 
     def __init__(
-        self, ports: tuple[Port, ...], num_bytes: int, priority: int, not_before: int, done: Callable[[int], None]
+        self,
+        ports: tuple[Port, ...],
+        num_bytes: int,
+        priority: int,
+        not_before: int,
+        done: Callable[[int], None],
+        piece_bytes: int | None = None,
     ) -> None:
         self.ports = ports
         self.num_bytes = num_bytes
@@ -33,7 +41,9 @@ class Flow:
         self.priority = priority
         self.not_before = not_before
         self.done = done
+        self.piece_bytes = piece_bytes
         self.rate = 0.0
+        self.sent = False  # every byte is out; it may still have to wait for `not_before`
         self.start_ns = 0
 
 
@@ -64,35 +74,37 @@ class Network:
             self._share()
 
     def next_ns(self) -> int | None:
-        """When the next flow ends if no other starts, or None."""
+        """When the next flow ends or has sent its last byte if no other starts, or None."""
         best: int | None = None
         for flow in self._flows:
-            end = self._end_of(flow)
+            end = flow.not_before if flow.sent else self._sent_ns(flow)
             if best is None or end < best:
                 best = end
         return best
 
     def advance(self, now_ns: int) -> list[Flow]:
-        """Remove and return the flows that have ended by now, in order of start."""
-        ended = [flow for flow in self._flows if self._end_of(flow) <= now_ns]
+        """Remove and return the flows that have ended by now, in order of start. A flow that has sent all its bytes
+        but may not end yet (`not_before`) leaves its bandwidth to the others."""
+        sent = [flow for flow in self._flows if not flow.sent and self._sent_ns(flow) <= now_ns]
         self._progress(now_ns)
+        for flow in sent:
+            flow.sent = True
+        ended = [flow for flow in self._flows if flow.sent and flow.not_before <= now_ns]
         if ended:
             self._flows = [flow for flow in self._flows if flow not in ended]
+        if sent:
             self._share()
         return ended
 
-    def busy_ports(self) -> dict[Port, int]:
-        """Ports in use and how many flows cross each."""
-        count: dict[Port, int] = {}
-        for flow in self._flows:
-            for port in flow.ports:
-                count[port] = count.get(port, 0) + 1
-        return count
+    def beside(self, ports: tuple[Port, ...]) -> list[Flow]:
+        """Flows with bytes to send that cross any of these ports."""
+        return [flow for flow in self._flows if not flow.sent and any(port in ports for port in flow.ports)]
 
-    def _end_of(self, flow: Flow) -> int:
+    def _sent_ns(self, flow: Flow) -> int:
+        if flow.remaining <= 0.0:
+            return self._now
         wait = flow.remaining * 1e9 / flow.rate if flow.rate > 0 else 1e18
-        end = self._now + int(wait + 0.999999)
-        return max(end, flow.not_before)
+        return self._now + int(wait + 0.999999)
 
     def _progress(self, now_ns: int) -> None:
         elapsed = (now_ns - self._now) / 1e9
@@ -102,10 +114,10 @@ class Network:
         self._now = max(self._now, now_ns)
 
     def _share(self) -> None:
-        left = dict(self.bandwidth)
-        for priority in sorted({flow.priority for flow in self._flows}, reverse=True):
-            group = [flow for flow in self._flows if flow.priority == priority]
-            _water_fill(group, left)
+        sending = [flow for flow in self._flows if not flow.sent]
+        left = {port: self.bandwidth[port] for flow in sending for port in flow.ports}
+        for priority in sorted({flow.priority for flow in sending}, reverse=True):
+            _water_fill([flow for flow in sending if flow.priority == priority], left)
 
 
 def _water_fill(flows: list[Flow], left: dict[Port, float]) -> None:

@@ -206,9 +206,11 @@ class SimExecutor:
         lane.budget = command.token_budget or lane.budget
         lane.reclaim = command.reclaim
         lane.command_id = command.command_id
-        if not all(self.state.up[stage.instance] for stage in lane.stages):
-            self._fail_lane(lane)
-            return
+        up = self.state.up
+        for stage in lane.stages:
+            if not up[stage.instance]:
+                self._fail_lane(lane)
+                return
         if command.place:
             for request_id, placement in command.place:
                 self.control.replace(lane, request_id, placement)
@@ -218,10 +220,8 @@ class SimExecutor:
         limit = command.max_iterations
         lane.limit = 1 << 60 if limit is None else lane.ran + limit
         lane.stop = False
-        self.moves.step_started(lane)
-        instances = self.instances
-        for stage in lane.stages:
-            instances[stage.instance].active += 1
+        for foot in lane.feet:
+            foot.active += 1
         if lane.spread or lane.id in self.control.creditors:
             self.control.refresh_remote(lane)
         event = self._begin(lane, self.state.now)
@@ -518,7 +518,7 @@ class SimExecutor:
             self._advance_targets(lane, now)
         if lane.paced:
             self.moves.iterated(lane)
-        if lane.next_finish() <= lane.iteration:
+        if lane.finishes and lane.finishes[0][0] <= lane.iteration and lane.next_finish() <= lane.iteration:
             return self._step_done(lane)
         return None
 
@@ -574,32 +574,29 @@ class SimExecutor:
     def _step_done(self, lane: SimLane) -> StepDone:
         """End the lane's step here: finish requests whose last token this was, answer the command."""
         finished: list[int] = []
-        while lane.next_finish() <= lane.iteration:
+        iteration = lane.iteration
+        while lane.finishes and lane.finishes[0][0] <= iteration and lane.next_finish() <= iteration:
             request_id = lane.finishes[0][1]
             finished.append(request_id)
             self._finish(lane, request_id)
-        partial = tuple((target.entry.request_id, target.computed) for target in lane.targets
-                        if target.computed > target.entry.computed)
-        event = StepDone(
-            lane.command_id if lane.command_id is not None else -1,
-            lane.id,
-            Status.OK,
-            lane.ran - lane.step_from,
-            lane.iteration,
-            tuple(finished),
-            tuple(lane.prefilled),
-            partial,
-        )
-        self._deactivate(lane)
-        return event
-
-    def _deactivate(self, lane: SimLane) -> None:
-        lane.prefilled.clear()
-        command_id, lane.command_id = lane.command_id, None
-        self.record.num_iterations += lane.ran - lane.step_from
+        partial: tuple[tuple[int, int], ...] = ()
+        if lane.targets:
+            partial = tuple([(target.entry.request_id, target.computed) for target in lane.targets
+                             if target.computed > target.entry.computed])  # fmt: skip
+        command_id = lane.command_id
+        assert command_id is not None
+        count = lane.ran - lane.step_from
+        event = StepDone(command_id, lane.id, Status.OK, count, lane.iteration, tuple(finished),
+                         tuple(lane.prefilled), partial)  # fmt: skip
+        if lane.prefilled:
+            lane.prefilled.clear()
+        lane.command_id = None
+        self.record.num_iterations += count
         for foot in lane.feet:
             foot.active -= 1
-        self.moves.step_ended(lane, command_id)
+        if self.moves.waits_for_steps or lane.followers:
+            self.moves.step_ended(lane, command_id)
+        return event
 
     def _finish(self, lane: SimLane, request_id: int) -> None:
         member = lane.leave(request_id)
@@ -635,6 +632,14 @@ class SimExecutor:
         self.record.marks.append((self.state.now, command.instance, command.kind, command.text))
 
     # ------------------------------------------------------------ for the other parts
+
+    def abandon(self) -> None:
+        """The run was interrupted: settle the token counts of what still runs, and close the books."""
+        for lane in self.lanes.values():
+            for member in lane.members.values():
+                self._settle_generated(lane, member)
+        self.record.end_ns = max(self.record.end_ns, self.state.now)
+        self.control.close()
 
     def completed(self, lane: SimLane) -> int:
         """Iterations of a lane completed by now, inside a running leap too."""
@@ -701,7 +706,8 @@ class SimExecutor:
         done = self.completed(lane) - lane.iteration
         if done > 0:
             self._grow(lane, lane.phase.growth(lane.iteration, done))
-            self._note_segment(lane, self.state.now, done)
+            prefix, context = lane.prefix[lane.phase.num], lane.effective_context(lane.costs[0].skew_alpha)
+            self._note_segment(lane, lane.item_start + prefix[context + done] - prefix[context], done)
             lane.iteration += done
             lane.ran += done
         if lane.command_id is None:
@@ -717,6 +723,7 @@ class SimExecutor:
         if lane.command_id is not None:
             event = StepDone(lane.command_id, lane.id, Status.FAILED, lane.ran - lane.step_from, lane.iteration,
                              (), tuple(lane.prefilled))  # fmt: skip
+            self.record.num_iterations += event.iterations
             self.state.ready.append(event)
         lane.command_id = None
         lane.prefilled.clear()

@@ -70,9 +70,12 @@ class Control:
             if info.running:
                 self._up_since[info.instance] = 0
                 event = InstanceUp(-1, info.instance, Status.OK, info.kv_cells)
-                self.state.push(0, UP, info.instance, lambda argument, _: argument, event)
+                self.state.push(0, UP, info.instance, self._announce, event)
         for time_ns, instance in faults:
             self.state.push(time_ns, LOST, instance, self._lose, instance)
+
+    def _announce(self, event: InstanceUp, _: int) -> Event | None:
+        return event if self.state.up[event.instance] else None  # lost before it could serve
 
     def close(self) -> None:
         """The run is over: close the intervals in which instances were up."""

@@ -254,8 +254,10 @@ class Moves:
 
     # ------------------------------------------------------------ copies beside steps
 
-    def step_started(self, lane: SimLane) -> None:
-        """Nothing to do yet: followers attach when their copy is submitted."""
+    @property
+    def waits_for_steps(self) -> bool:
+        """Does any copy wait for the end of a step?"""
+        return bool(self._after)
 
     def step_ended(self, lane: SimLane, command_id: int | None) -> None:
         """Start what waited for the step; a by-layer copy whose step ended early sends the rest now."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from common.errors import ContractError
 from common.executors.cluster import ClusterModel
-from common.executors.memory import Held, InstanceMemory, overlap, subtract
+from common.executors.memory import Held, InstanceMemory, overlap, subtract, union_cells
 from common.record import RunRecord
 from common.types import Event, Layers, Tier
 
@@ -47,9 +47,23 @@ class SimState:
 
     # ------------------------------------------------------------ held KV
 
+    def cells_for(self, request_id: int, held: Held) -> int:
+        """Cells that a further rectangle of a request needs; a block it shares with a held one is there already."""
+        beside = [other for other in self.held.get(request_id, ())
+                  if other.instance == held.instance and other.tier is held.tier and other is not held]  # fmt: skip
+        if not beside:
+            return held.cells(self.block_size)
+        return union_cells([*beside, held], self.block_size) - union_cells(beside, self.block_size)
+
+    def fits(self, request_id: int, held: Held) -> bool:
+        """Is there room for a rectangle?"""
+        memory = self.memory[held.instance]
+        room = memory.room() if held.tier is Tier.HBM else memory.host_room()
+        return self.cells_for(request_id, held) <= room
+
     def hold(self, request_id: int, held: Held) -> None:
         """Charge and record a rectangle outside any lane."""
-        cells = held.cells(self.block_size)
+        cells = self.cells_for(request_id, held)
         memory = self.memory[held.instance]
         if held.tier is Tier.HBM:
             memory.take(cells)
@@ -59,19 +73,17 @@ class SimState:
                 raise ContractError(f"instance {held.instance}: host tier overbooked")
         self.held.setdefault(request_id, []).append(held)
 
-    def _uncharge(self, held: Held) -> None:
-        memory = self.memory[held.instance]
-        if held.tier is Tier.HBM:
-            memory.give(held.cells(self.block_size))
-        else:
-            memory.host_used -= held.cells(self.block_size)
-
     def drop_held(self, request_id: int, held: Held) -> None:
         """Free one whole rectangle."""
+        cells = self.cells_for(request_id, held)
         self.held[request_id].remove(held)
         if not self.held[request_id]:
             del self.held[request_id]
-        self._uncharge(held)
+        memory = self.memory[held.instance]
+        if held.tier is Tier.HBM:
+            memory.give(cells)
+        else:
+            memory.host_used -= cells
 
     def free_all(self, request_id: int) -> None:
         """Free everything that a request holds outside lanes, on every instance."""
@@ -79,10 +91,10 @@ class SimState:
             self.drop_held(request_id, held)
 
     def carve(self, request_id: int, instance: int, tier: Tier, layers: Layers, tokens: tuple[int, int]) -> int:
-        """Free the part of a request's held KV inside a rectangle; returns token-layers freed."""
+        """Free the part of a request's ready held KV inside a rectangle; returns token-layers freed."""
         area = 0
         for held in list(self.held.get(request_id, ())):
-            if held.instance != instance or held.tier is not tier:
+            if held.instance != instance or held.tier is not tier or not held.ready:
                 continue
             rest = subtract(held, layers, tokens)
             if rest == [held]:

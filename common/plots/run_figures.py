@@ -104,7 +104,7 @@ def _memory(run: LoadedRun, panel: Any) -> None:
     _, _, capacity = series.samples(run, "kv_capacity_blocks")
     scale, unit = _block_unit(run)
     panel.set_ylabel(f"KV per instance ({unit})")
-    panel.set_title("KV memory in use")
+    panel.set_title("KV memory")
     style.plain_numbers(panel.yaxis)
     if not len(used) or not len(capacity):
         style.empty(panel, "no samples" if run.timeline else "timeline.parquet is missing")
@@ -124,18 +124,23 @@ def _memory(run: LoadedRun, panel: Any) -> None:
         panel.fill_between(at, np.nanmin(used, 1), np.nanmax(used, 1), color=style.P50, alpha=0.2, linewidth=0,
                            label=f"{len(instances)} instances, lowest to highest")  # fmt: skip
         panel.plot(at, np.nanmean(used, 1), color=style.P50, label="mean")
-    _capacity(panel, at, capacity)
-    panel.set_ylim(0, max(float(np.nanmax(capacity)), float(np.nanmax(used)), 1e-9) * 1.06)
+    _capacity(panel, at, capacity, peak=float(np.nanmax(used)))
     _legend(panel)
 
 
-def _capacity(panel: Any, at: Any, capacity: Any) -> None:
-    """One dashed line where all instances have the same capacity, else lowest and highest."""
+def _capacity(panel: Any, at: Any, capacity: Any, peak: float) -> None:
+    """Dashed lines at the highest and lowest capacity; off the axis, and said so, where use is far below."""
     low, high = np.nanmin(capacity, 1), np.nanmax(capacity, 1)
+    top, bottom = float(high.max()), float(low.min())
     look = {"color": style.LIMIT, "linestyle": "--", "linewidth": 1, "drawstyle": "steps-post"}
+    if 0 < peak < 0.3 * bottom:
+        panel.plot([], [], label=f"capacity {format_metric(bottom)} (off axis)", **look)
+        panel.set_ylim(0, peak * 1.15)
+        return
     panel.plot(at, high, label="capacity", **look)
     if (low != high).any():
         panel.plot(at, low, **look)
+    panel.set_ylim(0, max(top, peak, 1e-9) * 1.06)
 
 
 def _block_unit(run: LoadedRun) -> tuple[float, str]:

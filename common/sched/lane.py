@@ -225,7 +225,7 @@ class LaneScheduler:
 
     def schedule(self, out: list[Command]) -> None:
         """At a boundary: preempt what no longer fits, admit what does, and run."""
-        removed, retained = self._preempt(out)
+        removed, retained, hopeless = self._preempt()
         added: list[Entry] = []
         blocked_by_budget = False
         if self.waiting and not removed:
@@ -234,6 +234,8 @@ class LaneScheduler:
             if removed:
                 out.append(RunStep(self._command_id(), self.lane, (), removed, retained))
                 self.busy = True
+            if hopeless is not None:
+                out.append(Abort(hopeless, f"output outgrew the KV cache of {self.num_blocks} blocks"))
             return
         limit = self._limit(bool(removed), blocked_by_budget)
         reclaim = self.index.evictable_blocks if self.index is not None else 0
@@ -252,13 +254,14 @@ class LaneScheduler:
         self._next_id += 1
         return self._next_id
 
-    def _preempt(self, out: list[Command]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Take the last admitted out of the lane until the next iteration's new blocks are there."""
+    def _preempt(self) -> tuple[tuple[int, ...], tuple[int, ...], int | None]:
+        """Take the last admitted out of the lane until the next iteration's new blocks are there. The third is a
+        request that was alone and still too long: no order of events could finish it."""
         phase = self.phase
-        if phase.num <= self.free or phase.growth(self.iteration, 1) <= self.available():
-            return (), ()
-        removed, retained = [], []
-        while self.running and phase.growth(self.iteration, 1) > self.available():
+        if phase.num <= self.free or phase.next_growth(self.iteration) <= self.available():
+            return (), (), None
+        removed, retained, hopeless = [], [], None
+        while self.running and phase.next_growth(self.iteration) > self.available():
             seq = self.running.popitem()[1]
             if seq.decoding:
                 stored = seq.offset + self.iteration
@@ -275,18 +278,13 @@ class LaneScheduler:
                 self.waiting.appendleft(seq)
                 self.num_preemptions += 1
             else:
-                self._give_up(seq, out)
-        return tuple(removed), tuple(retained)
-
-    def _give_up(self, seq: Seq, out: list[Command]) -> None:
-        """Alone and still too long: no order of events could finish it."""
-        out.append(RunStep(self._command_id(), self.lane, (), (seq.request_id,)))
-        out.append(Abort(seq.request_id, f"output outgrew the KV cache of {self.num_blocks} blocks"))
+                hopeless = seq.request_id
+        return tuple(removed), tuple(retained), hopeless
 
     def _admit(self, added: list[Entry], out: list[Command]) -> bool:
         """Admit from the head of the queue; True if the token budget stopped it."""
         config, waiting = self.config, self.waiting
-        growth = self.phase.growth(self.iteration, 1) + self.watermark
+        growth = self.phase.next_growth(self.iteration) + self.watermark
         while waiting and len(self.running) < config.max_num_seqs:
             seq = waiting[0]
             if not room_for(config.rule, config.max_num_batched_tokens, self.phase.num, self.targets, seq.known):

@@ -29,6 +29,10 @@ class PhaseCounter:
         self.num -= 1
         assert self.num >= 0 and self.bins[offset % self.block_size] >= 0, "phase removed twice"
 
+    def next_growth(self, iteration: int) -> int:
+        """`growth(iteration, 1)`."""
+        return self.bins[-iteration % self.block_size]
+
     def growth(self, iteration: int, count: int) -> int:
         """Blocks newly needed by iterations `iteration` .. `iteration + count - 1`."""
         size = self.block_size

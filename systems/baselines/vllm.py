@@ -37,7 +37,9 @@ class VllmPolicy:
         self.dispatch = dispatch
         self.lanes: dict[int, LaneScheduler] = {}
         self._next = 0
-        self._least: list[tuple[int, int]] = []  # (outstanding, instance), stale entries dropped lazily
+        # (outstanding, last dispatch, instance), stale entries dropped lazily: ties go to the longest not chosen
+        self._least: list[tuple[int, int, int]] = []
+        self._chosen: dict[int, int] = {}
         self._orphans: list[Seq] = []  # arrived while no instance was up
         self._dying: dict[int, LaneScheduler] = {}
 
@@ -83,25 +85,27 @@ class VllmPolicy:
         self._note(instance, lane)
 
     def _pick(self) -> int:
+        self._next += 1
         if self.dispatch == "round_robin":
             order = list(self.lanes)
-            self._next += 1
             return order[(self._next - 1) % len(order)]
         least, lanes = self._least, self.lanes
         while True:
-            count, instance = least[0]
+            count, chosen, instance = least[0]
             lane = lanes.get(instance)
-            if lane is not None and len(lane.waiting) + len(lane.running) == count:
+            if lane is not None and len(lane.waiting) + len(lane.running) == count and self._chosen[instance] == chosen:
+                self._chosen[instance] = self._next
                 return instance
             heapq.heappop(least)
 
     def _note(self, instance: int, lane: LaneScheduler) -> None:
-        if self.dispatch == "least_outstanding":
-            least = self._least
-            if len(least) > 64 + 8 * len(self.lanes):
-                least[:] = [(lane.outstanding(), instance) for instance, lane in self.lanes.items()]
-                heapq.heapify(least)
-            heapq.heappush(least, (len(lane.waiting) + len(lane.running), instance))
+        if self.dispatch != "least_outstanding":
+            return
+        least, chosen = self._least, self._chosen
+        if len(least) > 64 + 8 * len(self.lanes):
+            least[:] = [(lane.outstanding(), chosen[index], index) for index, lane in self.lanes.items()]
+            heapq.heapify(least)
+        heapq.heappush(least, (len(lane.waiting) + len(lane.running), chosen.setdefault(instance, 0), instance))
 
     def _step_done(self, event: StepDone, out: list[Command]) -> None:
         if event.status is not Status.OK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +44,8 @@ def read(config: File, seed: int) -> Workload:
             rows = read_jsonl(handle, file, config) if family == "jsonl" else read_csv(handle, file, config)
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
             raise TraceError(f"{file}: not readable as text ({error})") from None
+        except csv.Error as error:
+            raise TraceError(f"{file}: not readable as CSV ({error})") from None
     if config.format not in ("auto", "plain", rows.format):
         raise TraceError(f"{file} looks like {rows.format}, not {config.format}; set workload.format=auto")
     rows, counts = checked(rows, config)

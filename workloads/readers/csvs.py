@@ -28,7 +28,7 @@ def read_csv(handle: TextIO, file: str, config: File) -> Rows:
     numbers: list[Ints] = []
     parts: list[list[Ints]] = []
     sessions: dict[str, int] = {}
-    for rows, lineno in _batches(lines, file):
+    for rows, lineno in _batches(lines):
         numbers.append(np.array(lineno, np.int64))
         texts = dict(zip(wanted, _columns(rows, place, lineno, file, len(header)), strict=True))
         part = [integers(texts[name], lineno, file, name) for name in (prompt, output)]
@@ -53,22 +53,18 @@ def read_csv(handle: TextIO, file: str, config: File) -> Rows:
     )
 
 
-def _batches(lines: Iterator[list[str]], file: str) -> Iterator[tuple[list[list[str]], list[int]]]:
+def _batches(lines: Iterator[list[str]]) -> Iterator[tuple[list[list[str]], list[int]]]:
     """Rows with their numbers; blank lines are skipped."""
     rows: list[list[str]] = []
     numbers: list[int] = []
-    number = 1
-    try:
-        for number, row in enumerate(lines, start=2):
-            if not row:
-                continue
-            rows.append(row)
-            numbers.append(number)
-            if len(rows) == BATCH:
-                yield rows, numbers
-                rows, numbers = [], []
-    except csv.Error as error:
-        raise TraceError(f"{file}, row {number + 1}: not readable as CSV ({error})") from None
+    for number, row in enumerate(lines, start=2):
+        if not row:
+            continue
+        rows.append(row)
+        numbers.append(number)
+        if len(rows) == BATCH:
+            yield rows, numbers
+            rows, numbers = [], []
     if rows:
         yield rows, numbers
 
@@ -91,7 +87,7 @@ def _times(values: list[str], numbers: Sequence[int], file: str, column: str, un
         return times_ns(values, numbers, file, column, unit)
     dates = values
     shift = np.zeros(1, np.int64)
-    if values[0].endswith("Z") or values[0][-6] in "+-":
+    if values[0].endswith("Z") or (values[0][-6:-5] in ("+", "-") and values[0][-3:-2] == ":"):
         dates, shift = _without_zone(values)
     try:
         return np.array(dates, "datetime64[ns]").astype(np.int64) - shift

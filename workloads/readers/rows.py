@@ -101,8 +101,9 @@ def _check_lengths(rows: Rows, config: File) -> None:
 def integers(values: Sequence[object], numbers: Sequence[int], file: str, column: str) -> Ints:
     """Token counts; whole numbers written as floats are accepted."""
     try:
-        return np.array([int(value) for value in values], np.int64)  # type: ignore[call-overload]
-    except (ValueError, TypeError, OverflowError):
+        if all(type(value) is int or type(value) is str for value in values):
+            return np.array([int(value) for value in values], np.int64)  # type: ignore[call-overload]
+    except (ValueError, OverflowError):
         pass
     out = np.empty(len(values), np.int64)
     for index, value in enumerate(values):
@@ -115,23 +116,24 @@ def integers(values: Sequence[object], numbers: Sequence[int], file: str, column
 
 def times_ns(values: Sequence[object], numbers: Sequence[int], file: str, column: str, unit: str) -> Ints:
     """Numbers in `unit` (nanoseconds stay exact)."""
-    if unit == "ns" and all(type(value) is int for value in values):
+    if unit == "ns" and all(type(value) is int and abs(value) < MOST_NS for value in values):
         return np.array(values, np.int64)
     try:
-        floats = np.array([float(value) for value in values]) * UNITS_NS[unit]  # type: ignore[arg-type]
-    except (ValueError, TypeError):
-        floats = np.array([np.nan if (n := _number(v)) is None else n for v in values]) * UNITS_NS[unit]
-    bad = ~(np.abs(floats) < MOST_NS)
+        floats = np.array([float(value) for value in values])  # type: ignore[arg-type]
+    except (ValueError, TypeError, OverflowError):
+        floats = np.array([np.nan if (n := _number(v)) is None else n for v in values])
+    bad = ~(np.abs(floats) < MOST_NS / UNITS_NS[unit])
     if bad.any():
         index = int(np.argmax(bad))
-        raise TraceError(f"{file}, row {numbers[index]}: {column} is {values[index]!r}, not a time")
-    return np.rint(floats).astype(np.int64)
+        hint = f" in {unit}; workload.time_unit may be s, ms, us or ns" if np.isfinite(floats[index]) else ""
+        raise TraceError(f"{file}, row {numbers[index]}: {column} is {values[index]!r}, not a time{hint}")
+    return np.rint(floats * UNITS_NS[unit]).astype(np.int64)
 
 
 def _number(value: object) -> float | None:
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
     return number if np.isfinite(number) else None
 

@@ -1,0 +1,264 @@
+"""Conservation under random arrivals, preemptions and losses: requests, blocks and time, after every event."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.sched.compose import room_for
+from common.types import (
+    FreeSpan,
+    InstanceLost,
+    InstanceUp,
+    RequestArrived,
+    RequestStatus,
+    Rule,
+    RunStep,
+    StartInstance,
+    StepDone,
+)
+from systems.baselines.vllm import VllmPolicy
+from tests.laws.lawlib import LAYERS, Outcome, Request, Scenario, examples
+from tests.laws.strategies import scenarios
+
+CHECKED = settings(max_examples=examples(150), deadline=None, derandomize=True)
+
+
+class Checker:
+    """Compares a vllm policy's ledger with the simulator after every event, once its commands are in."""
+
+    def __init__(self, scenario: Scenario, max_leap: int | None = None) -> None:
+        self.scenario = scenario
+        self.max_leap = max_leap
+        self.policy = scenario.policy(max_leap)
+        self.outcome = Outcome(scenario.executor(), self.policy)
+        self.executor = self.outcome.executor
+        self.columns = self.outcome.record.requests
+        self.now_ns = 0
+        self.arrived = 0
+
+    def run(self) -> Outcome:
+        self.outcome.drive(self.policy, self.after)
+        return self.outcome
+
+    def after(self, now_ns, event):
+        assert now_ns >= self.now_ns, "time runs backwards"
+        self.now_ns = now_ns
+        self.arrived += isinstance(event, RequestArrived)
+        self.requests_are_conserved()
+        self.nobody_idles()
+        if isinstance(event, StepDone) and event.lane in self.policy.lanes:
+            self.blocks_are_conserved(event.lane)
+
+    def requests_are_conserved(self):
+        status = list(self.columns.status)
+        live = status.count(RequestStatus.LIVE)
+        ended = status.count(RequestStatus.FINISHED) + status.count(RequestStatus.REJECTED)
+        assert self.arrived == live + ended
+        assert self.executor.live == live
+        if not self.policy._dying:  # else some wait for their step's failure to be told
+            lanes = self.policy.lanes.values()
+            assert sum(lane.outstanding() for lane in lanes) + len(self.policy._orphans) == live
+
+    def blocks_are_conserved(self, instance):
+        """At a boundary: free + held = total, on both sides of the contract."""
+        lane, memory = self.policy.lanes[instance], self.executor.state.memory[instance]
+        assert 0 <= lane.free <= lane.num_blocks
+        assert memory.used == (lane.num_blocks - lane.free) * LAYERS
+        if not lane.running:
+            cached = lane.index.cached_blocks if lane.index is not None else 0
+            assert lane.free + cached == lane.num_blocks
+            assert memory.cached == memory.used == cached * LAYERS
+        if lane.index is not None:
+            lane.index.check()
+            assert lane.index.num_leases == len(lane.running)
+
+    def nobody_idles(self):
+        """Work conservation: whoever has requests runs, and what could join at a boundary has joined."""
+        for instance, lane in self.policy.lanes.items():
+            running = self.executor.lanes[instance].command_id is not None if instance in self.executor.lanes else False
+            assert running == bool(lane.outstanding()), f"instance {instance} idles beside its queue"
+        for server in self.executor.instances:
+            assert server.serving is not None or not server.fifo
+
+
+class EagerChecker(Checker):
+    """Steps of one iteration, so that every boundary is seen: the head of a queue waits only if it must."""
+
+    def after(self, now_ns, event):
+        super().after(now_ns, event)
+        lane = self.policy.lanes.get(event.lane) if isinstance(event, StepDone) else None
+        if lane is None or not lane.waiting or not isinstance(self.outcome.trace[-1][2][-1], RunStep):
+            return
+        step, head = self.outcome.trace[-1][2][-1], lane.waiting[0]
+        if step.remove:
+            return
+        config = lane.config
+        need = -(-head.known // config.block_size)
+        growth = sum((seq.offset + lane.iteration) % config.block_size == 0
+                     for seq in lane.running.values() if seq.decoding)  # fmt: skip
+        fits = need + growth + lane.watermark <= lane.free
+        room = room_for(config.rule, config.max_num_batched_tokens, lane.phase.num, lane.targets, head.known)
+        assert not (fits and room and len(lane.running) < config.max_num_seqs), "the head of the queue could start"
+
+
+def assert_all_ended(outcome, scenario):
+    """No starvation, causality, true lengths, and nothing left behind."""
+    columns = outcome.record.requests
+    for index, request in enumerate(scenario.requests):
+        status = columns.status[index]
+        assert status in (RequestStatus.FINISHED, RequestStatus.REJECTED)
+        arrival, first, finish = columns.arrival_ns[index], columns.first_token_ns[index], columns.finish_ns[index]
+        assert arrival >= 0
+        if status == RequestStatus.FINISHED:
+            assert arrival < first <= finish <= outcome.record.end_ns
+            assert columns.output_tokens[index] == request.output
+            assert (first == finish) == (request.output == 1)
+            if request.parent >= 0 and scenario.concurrency is None:
+                assert arrival >= columns.finish_ns[request.parent]
+        else:
+            assert finish == -1 and index in columns.reasons
+            assert columns.output_tokens[index] < request.output
+        assert columns.num_preemptions[index] >= 0
+    state = outcome.executor.state
+    assert not state.held
+    for memory in state.memory:
+        assert memory.used == memory.cached and memory.host_used == 0
+    for lane in outcome.policy.lanes.values():
+        assert not lane.busy and not lane.outstanding() and lane.phase.num == 0
+        if lane.index is not None:
+            assert lane.index.num_leases == lane.index.pinned_blocks == 0
+            lane.index.clear()  # refuses while anyone holds a block
+
+
+@CHECKED
+@given(scenarios(), st.sampled_from((1, 3, None)))
+def test_requests_and_blocks_are_conserved_at_every_event(scenario, max_leap):
+    assert_all_ended(Checker(scenario, max_leap).run(), scenario)
+
+
+@CHECKED
+@given(scenarios(caching=False))
+def test_the_head_of_a_queue_waits_only_if_it_must(scenario):
+    assert_all_ended(EagerChecker(scenario, 1).run(), scenario)
+
+
+@CHECKED
+@given(scenarios())
+def test_every_iteration_of_every_token_is_accounted_for(scenario):
+    """Segments of one lane never overlap, and hold as many tokens as were produced and prompts computed."""
+    outcome = scenario.run()
+    columns, segments = outcome.record.requests, outcome.record.segments
+    ends = {}
+    decoded = prefilled = 0
+    for row, lane in enumerate(segments.lane):
+        assert segments.start_ns[row] < segments.end_ns[row]
+        assert segments.start_ns[row] >= ends.get(lane, 0), "a lane runs two iterations at once"
+        ends[lane] = segments.end_ns[row]
+        decoded += segments.iterations[row] * segments.decodes[row]
+        prefilled += segments.prefill_tokens[row]
+    sampled = sum(columns.output_tokens)
+    firsts = sum(first >= 0 for first in columns.first_token_ns)
+    entries = sum(len(command.add) for *_, commands in outcome.trace for command in commands
+                  if isinstance(command, RunStep))  # fmt: skip
+    assert sampled - entries <= decoded <= sampled - firsts  # a token comes from a decode or from an entry's prompt
+    targets = sum(entry.target - entry.computed for *_, commands in outcome.trace for command in commands
+                  if isinstance(command, RunStep) for entry in command.add)  # fmt: skip
+    lost = any(columns.num_preemptions) or scenario.losses
+    assert prefilled <= targets if lost else prefilled == targets
+
+
+@CHECKED
+@given(scenarios(losses=False))
+def test_without_losses_every_command_is_answered_once(scenario):
+    """Command ids are unique, every RunStep has one StepDone, and lane clocks never go back."""
+    outcome = scenario.run(5)
+    asked, answered, clocks = [], [], {}
+    for _, event, commands in outcome.trace:
+        asked += [command.command_id for command in commands if isinstance(command, RunStep)]
+        if isinstance(event, StepDone):
+            answered.append(event.command_id)
+            assert event.lane_iterations >= clocks.get(event.lane, 0)
+            clocks[event.lane] = event.lane_iterations
+    assert len(set(asked)) == len(asked)
+    assert sorted(answered) == sorted(asked)
+
+
+class Restarting(VllmPolicy):
+    """Brings every lost instance back."""
+
+    def on_event(self, now_ns, event):
+        commands = super().on_event(now_ns, event)
+        if isinstance(event, InstanceLost):
+            commands = [*commands, StartInstance((1 << 50) + now_ns + event.instance, event.instance)]
+        return commands
+
+
+@CHECKED
+@given(scenarios())
+def test_a_lost_instance_that_comes_back_starts_empty(scenario):
+    checker = Checker(scenario)
+    checker.policy = checker.outcome.policy = Restarting(
+        scenario.model().info(), scenario.config(None), scenario.dispatch
+    )
+    outcome = checker.run()
+    assert_all_ended(outcome, scenario)
+    ids = [command.command_id for *_, commands in outcome.trace for command in commands if isinstance(command, RunStep)]
+    assert len(set(ids)) == len(ids)
+
+
+def test_requests_wait_for_the_only_instance_to_come_back():
+    scenario = Scenario((Request(0, 8, 40), Request(3, 8, 40), Request(60, 8, 8)), losses=((10, 0),))
+    checker = Checker(scenario)
+    checker.policy = checker.outcome.policy = Restarting(scenario.model().info(), scenario.config(None))
+    outcome = checker.run()
+    assert_all_ended(outcome, scenario)
+    up = [now for now, event, _ in outcome.trace if isinstance(event, InstanceUp)]
+    assert len(up) == 2 and all(first > 0 for first in outcome.record.requests.first_token_ns)
+    assert outcome.record.requests.finish_ns[0] > up[1]
+
+
+def test_the_draws_reach_what_the_laws_are_about():
+    """Preemption, refusal, give-up, cache hits, resumption with hits, losses in mid-step: none is vacuous."""
+    seen = {}
+
+    @settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    @given(scenarios())
+    def collect(scenario):
+        outcome = scenario.run()
+        columns = outcome.record.requests
+        reasons = " ".join(columns.reasons.values())
+        steps = [command for *_, commands in outcome.trace for command in commands if isinstance(command, RunStep)]
+        found = {
+            "preempted": any(columns.num_preemptions),
+            "refused": "exceeds" in reasons,
+            "gave up": "outgrew" in reasons,
+            "hit": any(columns.cached_tokens),
+            "resumed with a hit": any(
+                entry.shared and columns.num_preemptions[entry.request_id] and entry.target >
+                outcome.executor._prompt[entry.request_id] for step in steps for entry in step.add),
+            "lost in mid-step": any(isinstance(event, StepDone) and event.status for _, event, _ in outcome.trace),
+            "evicted": any(isinstance(command, FreeSpan) and command.cached_blocks
+                           for *_, commands in outcome.trace for command in commands),
+            "chunked": any(isinstance(event, StepDone) and event.partial for _, event, _ in outcome.trace),
+            "leapt": any(iterations > 5 for iterations in outcome.record.segments.iterations),
+            **{rule.value: scenario.rule is rule for rule in Rule},
+        }  # fmt: skip
+        for name, value in found.items():
+            seen[name] = seen.get(name, 0) + bool(value)
+
+    collect()
+    rare = {name: count for name, count in seen.items() if count < 4}
+    assert not rare, f"of 200 draws too few show: {rare} (all: {seen})"
+
+
+@pytest.mark.parametrize("rule", Rule)
+def test_a_long_overload_with_preemption_ends(rule):
+    """Twice what the memory holds, for a thousand requests: conserved throughout, nobody starves."""
+    requests = tuple(Request(index % 3, 1 + index * 7 % 37, 1 + index * 11 % 29, index % 4 - 1, 3 * (index % 2))
+                     for index in range(1000))  # fmt: skip
+    scenario = Scenario(requests, 2, 40, 4, rule, 48, 16, caching=rule is Rule.CHUNKED)
+    outcome = Checker(scenario).run()
+    assert_all_ended(outcome, scenario)
+    assert sum(outcome.record.requests.num_preemptions) > 20
