@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +17,7 @@ from common.errors import ConfigError, KVPlaneError
 
 if TYPE_CHECKING:
     from common.config import RunConfig
-    from common.policy import Policy
+    from common.policy import Executor, Policy
     from common.record import RunRecord
 
 USAGE = """python run.py [key=value …]      one run; results in results/runs/<run.name>/
@@ -47,17 +51,19 @@ def simulate(config: RunConfig, workload: Any) -> tuple[RunRecord, Policy]:
     record = RunRecord(RequestColumns.empty(workload.num_requests))
     faults = tuple((int(seconds * 1e9), instance) for seconds, instance in config.cluster.lost)
     executor = SimExecutor(cluster, workload, record, oracle=config.system in ORACLES, faults=faults)
-    log, close = _event_log(config)
     was_enabled = gc.isenabled()
     gc.disable()  # nothing cyclic is made per event; a tenth of the time goes otherwise
     try:
-        with Progress(record, workload.num_requests) as progress:
-            drive(policy, executor, record, log, _sample_ns(config, workload), progress)
+        with (
+            _recorded(config, executor) as seen,
+            Progress(record, workload.num_requests) as progress,
+            _stoppable(progress) as sampled,
+        ):
+            drive(policy, seen, record, _sample_ns(config, workload), sampled)
     except KeyboardInterrupt:
         record.partial = True
         executor.abandon()
     finally:
-        close()
         if was_enabled:
             gc.enable()
     return record, policy
@@ -70,13 +76,44 @@ def _sample_ns(config: RunConfig, workload: Any) -> int:
     return max(span // 1000, 50_000_000)
 
 
-def _event_log(config: RunConfig) -> tuple[Any, Any]:
+@contextmanager
+def _recorded(config: RunConfig, executor: Executor) -> Iterator[Executor]:
+    """The executor, seen through events.jsonl when log.events asks for it."""
     if not config.log.events:
-        return None, lambda: None
-    from common.log import EventLog
+        yield executor
+        return
+    from common.log import LogFile, Recorder
 
-    log = EventLog(Path(config.run.results) / config.run_name / "events.jsonl")
-    return log, log.close
+    with LogFile(Path(config.run.results) / config.run_name / "events.jsonl") as log:
+        yield Recorder(executor, log.append)
+
+
+@contextmanager
+def _stoppable(progress: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
+    """Ctrl-C and SIGTERM end the run at the next sample, between two events, so that the record stays whole.
+
+    A second Ctrl-C ends the process at once.
+    """
+    asked = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def sampled(now_ns: int) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        progress(now_ns)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield sampled
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield sampled
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def execute(config: RunConfig, quiet: bool = False) -> Outcome:

@@ -1,4 +1,4 @@
-"""What the measuring scripts share: run a configuration without files, compare distributions, write JSON and Markdown."""
+"""What the measuring scripts share: run a configuration without files, compare distributions, write reports."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def compare(ours: Latencies, theirs: Latencies, statistics: Sequence[str] = STAT
         for name in statistics:
             mine = statistic(getattr(ours, metric), name)
             other = statistic(getattr(theirs, metric), name)
-            rows.append({"metric": f"{name}_{metric}_ms", "ours": mine, "reference": other, "difference": mine / other - 1})
+            row = {"metric": f"{name}_{metric}_ms", "ours": mine, "reference": other, "difference": mine / other - 1}
+            rows.append(row)
     return rows
 
 
@@ -95,6 +96,7 @@ def write_report(name: str, title: str, notes: Sequence[str], tables: Mapping[st
     with replacing(RESULTS / f"{name}.md") as path:
         path.write_text(text, encoding="utf-8")
     with replacing(RESULTS / f"{name}.json") as path:
-        path.write_text(json.dumps({"git": git, "notes": list(notes), "tables": tables}, indent=1) + "\n", encoding="utf-8")
+        data = {"git": git, "notes": list(notes), "tables": tables}
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print(text)
     return RESULTS / f"{name}.md"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import cast
 
 from common.config import RunConfig
 from common.cost.memory import kv_capacity_blocks, shard_kv_heads
@@ -79,4 +80,4 @@ def _vidur(config: RunConfig, layers: int) -> StageCost:
     if (config.model.name, config.cluster.tp, layers) != wanted:
         raise ConfigError("cost.source=vidur has tables for model=llama2-70b cluster.tp=2 only")
     folder = data_root() / "vidur" / "predictions_llama2-70b_tp2_a100"
-    return VidurTables(folder, layers)
+    return cast(StageCost, VidurTables(folder, layers))  # no remote attention there

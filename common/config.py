@@ -5,8 +5,10 @@ No `DictConfig` travels further than this file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,7 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
     """A RunConfig from plain mappings; `choices` are the names picked in each config group."""
     import yaml
 
+    _check_keys(tree)
     text = yaml.safe_dump(tree, sort_keys=True, allow_unicode=True)
     system = _without(tree["system"], "description")
     model = dict(tree["model"])
@@ -165,6 +168,20 @@ def available(group: str) -> dict[str, str]:
 # ---------------------------------------------------------------- checks
 
 
+def _check_keys(tree: Mapping[str, Any]) -> None:
+    """Keys added with Hydra's `+` are as unknown as mistyped ones (groups check their own)."""
+    import yaml
+
+    base = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    known = [*(key for key in base if key not in ("defaults", "hydra")), *GROUPS]
+    for key, section in tree.items():
+        if key not in known:
+            raise ConfigError(f"{key} is unknown; known: {', '.join(known)}")
+        for name in section if isinstance(base.get(key), dict) else ():
+            if name not in base[key]:
+                raise ConfigError(f"{key}.{name} is unknown; known: {', '.join(base[key])}")
+
+
 def _cluster(tree: dict[str, Any]) -> ClusterConfig:
     instances = _integer("cluster.num_instances", tree["num_instances"], 1)
     tp = _integer("cluster.tp", tree["tp"], 1)
@@ -174,7 +191,7 @@ def _cluster(tree: dict[str, Any]) -> ClusterConfig:
     lost = []
     for pair in tree["lost"]:
         if not (isinstance(pair, list) and len(pair) == 2 and 0 <= int(pair[1]) < instances):
-            raise ConfigError(f"cluster.lost={tree['lost']}: give [[seconds, instance], …] of the {instances} instances")
+            raise ConfigError(f"cluster.lost={tree['lost']}: give [[seconds, instance], …] of {instances} instances")
         lost.append((float(pair[0]), int(pair[1])))
     control = _number("cluster.control_ms", tree["control_ms"])
     return ClusterConfig(instances, tp, per_node, tuple(lost), control, _maybe("cluster.host_memory_gb",
@@ -256,15 +273,35 @@ def _choice(key: str, value: object, names: Sequence[str]) -> str:
 def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's message on one line, led by the override at fault where it can be told."""
     text = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
+    unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
+    if unknown:
+        key = unknown.group(1) or unknown.group(2)
+        given = next((o for o in overrides if o.lstrip("+~").split("=")[0].endswith(key)), key)
+        close = get_close_matches(key.split(".")[-1], _keys_near(key, overrides), n=1)
+        hint = f"; did you mean {'.'.join([*key.split('.')[:-1], close[0]])}?" if close else ""
+        return f"{given}: there is no such key{hint} (keys: conf/config.yaml and conf/<group>/<name>.yaml)"
     for group in GROUPS:
         for override in overrides:
-            if override.startswith(f"{group}=") and f"'{group}/" in text:
-                names = ", ".join(available(group))
-                return f"{override}: unknown {group}; choose one of: {names}"
-    for override in overrides:
-        key = override.split("=")[0].lstrip("+~")
-        if key in text or key.split(".")[-1] in text:
-            if "not in struct" in text or "Could not override" in text:
-                return f"{override}: there is no such key (see conf/config.yaml, or run.py --help)"
-            return f"{override}: {text}"
+            if override.startswith(f"{group}=") and (f"'{group}/" in text or "Could not find" in text):
+                name = override.split("=", 1)[1]
+                if name not in available(group):
+                    return f"{override}: unknown {group}; choose one of: {', '.join(available(group))}"
     return text
+
+
+def _keys_near(key: str, overrides: Sequence[str]) -> list[str]:
+    """Keys beside a mistyped one, from the group file or section that it belongs to."""
+    import yaml
+
+    group = key.split(".")[0]
+    files = [CONF / "config.yaml"]
+    if group in GROUPS:
+        chosen = next((o.split("=", 1)[1] for o in overrides if o.startswith(f"{group}=")), None)
+        files = [CONF / group / f"{chosen}.yaml"] if chosen else sorted((CONF / group).glob("*.yaml"))
+    found: list[str] = []
+    for file in files:
+        if file.is_file():
+            tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            section = tree if group in GROUPS or "." not in key else tree.get(group, {})
+            found += [str(name) for name in section or {}]
+    return found

@@ -6,23 +6,20 @@ from collections.abc import Callable
 
 from common.policy import Executor, Policy
 from common.record import RunRecord
-from common.types import Event
-
-Log = Callable[[int, Event], None]
 
 
 def drive(
     policy: Policy,
     executor: Executor,
     record: RunRecord,
-    log: Log | None = None,
     sample_ns: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Deliver events until the source is exhausted and nothing lives.
 
-    `log` sees every event before the policy does. Gauges are sampled every `sample_ns` of event time (0: never), at
-    the first event at or after each mark, so sampling never changes the run. `progress` gets the event time then.
+    To log, pass the executor seen through a `common.log.Recorder`, which has every event before the policy does.
+    Gauges are sampled every `sample_ns` of event time (0: never), at the first event at or after each mark, so
+    sampling never changes the run. `progress` gets the event time then.
     """
     poll, submit, on_event = executor.poll, executor.submit, policy.on_event
     next_sample = 0 if sample_ns else (1 << 63) - 1
@@ -31,8 +28,6 @@ def drive(
         while (item := poll()) is not None:
             now_ns, event = item
             num_events += 1
-            if log is not None:
-                log(now_ns, event)
             for command in on_event(now_ns, event):
                 num_commands += 1
                 submit(command)

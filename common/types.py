@@ -74,7 +74,9 @@ class Entry(NamedTuple):
     blocks and charged to nobody. `sample`: at `target` a token is sampled. `leave`: the request then leaves the
     lane, its KV parked, and the step ends (prefill-decode hand-over). `keep`: at its finish the KV stays parked
     under the request's name until a `FreeSpan`; otherwise the executor frees it. `placement` None means one open
-    span per stage on that stage's instance.
+    span per stage on that stage's instance; one that is given tiles the tokens from `shared` on, cut at block borders.
+    `behind`: another lane of the same route whose iteration in flight computes the tokens up to `computed` (an entry
+    with `sample=False`): stages serve in order of arrival, so this lane follows it without waiting for its answer.
     """
 
     request_id: int
@@ -86,6 +88,7 @@ class Entry(NamedTuple):
     keep: bool = False
     decode: bool = False
     placement: Placement | None = None
+    behind: int | None = None
 
 
 # ---------------------------------------------------------------- commands
@@ -153,6 +156,7 @@ class SwapSpan(NamedTuple):
     layers: Layers
     tokens: tuple[int, int]
     out: bool
+    content: Content | None = None
 
 
 class FreeSpan(NamedTuple):
@@ -194,6 +198,7 @@ class LoadLayers(NamedTuple):
     layers: Layers
     source: int | None
     priority: int = 0
+    piece_bytes: int | None = None
 
 
 class StartInstance(NamedTuple):

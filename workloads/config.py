@@ -68,7 +68,7 @@ class Burst(Lengthy):
 
     kind: ClassVar[str] = "burst"
     duration_s: float | None = 150.0
-    rate: float = 8.0  # outside bursts
+    rate: float = 44.0  # outside bursts; tuned so that the default cluster is overloaded in the first burst
     cv: float = 1.0
     burst_multiplier: float = 2.0
     first_burst_s: float = 45.0

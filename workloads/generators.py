@@ -8,21 +8,13 @@ import numpy as np
 
 from common.rng import stream
 from workloads import arrivals
-from workloads.config import Burst, ClosedLoop, Common, Diurnal, Lengthy, LongContext, Poisson, SharedPrefix
+from workloads.config import Burst, ClosedLoop, Diurnal, Lengthy, LongContext, Poisson, SharedPrefix
 from workloads.lengths import LogNormal, Mixture, Pair, Uniform, lognormal, resolve
 from workloads.readers import read_lengths
+from workloads.transform import horizon_s
 from workloads.types import Content, Floats, Ints, Workload, no_counts, plain
 
 STEP_S = 1.0  # resolution of a sine
-
-
-def horizon_s(config: Common) -> float | None:
-    """How long to generate so that, after `speed` and `rate_scale`, `duration_s` is filled."""
-    if config.duration_s is None:
-        return None
-    upscale = 1.1 * config.rate_scale if config.rate_scale > 1.0 else 1.0  # its rounding is random: a margin
-    end = config.duration_s * config.speed * upscale
-    return end if config.window_s is None else max(end, config.window_s[1])
 
 
 def draw_pair(pair: Pair, num: int, seed: int) -> tuple[Ints, Ints]:

@@ -20,7 +20,8 @@ from common.rng import stream
 from workloads import paths
 from workloads.arrivals import NS
 from workloads.config import ServeGen
-from workloads.generators import draw_lengths, horizon_s
+from workloads.generators import draw_lengths
+from workloads.transform import horizon_s
 from workloads.types import Floats, Workload, plain
 
 WINDOW_S = 600.0

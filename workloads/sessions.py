@@ -16,7 +16,7 @@ from workloads import arrivals
 from workloads.arrivals import NS
 from workloads.config import Common, File, Sessions
 from workloads.lengths import lognormal
-from workloads.transform import scale_tokens, zero_message
+from workloads.transform import horizon_s, scale_tokens, zero_message
 from workloads.types import Content, Ints, Piece, Workload, add_counts, no_counts
 
 MESSAGE_MAX = 16384  # tokens of one message
@@ -140,9 +140,8 @@ def _draw(name: str, mean: float, p50: float, num: int, seed: int) -> Ints:
 
 def _starts_and_turns(config: Sessions, seed: int) -> tuple[Ints, Ints]:
     """Session starts, and the session of every turn: as many whole sessions as the config asks for."""
-    horizon = None if config.duration_s is None else config.duration_s * config.speed * max(1.0, config.rate_scale)
     num = config.num_requests  # a session has at least one turn
-    start_ns = arrivals.constant(stream(seed, "workload.arrivals"), config.rate, config.cv, num, horizon)
+    start_ns = arrivals.constant(stream(seed, "workload.arrivals"), config.rate, config.cv, num, horizon_s(config))
     draws = stream(seed, "workload.turns").random(len(start_ns))
     stop = 1.0 / config.turns_mean
     if stop >= 1.0:

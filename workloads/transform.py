@@ -18,6 +18,15 @@ Mask = NDArray[np.bool_]
 ABSURD_TOKENS = 10_000_000  # no context is longer; what an unset `max_prompt_tokens` stands for
 
 
+def horizon_s(config: Common) -> float | None:
+    """How long to generate so that, after `speed` and `rate_scale`, `duration_s` is filled."""
+    if config.duration_s is None:
+        return None
+    upscale = 1.1 * config.rate_scale if config.rate_scale > 1.0 else 1.0  # its rounding is random: a margin
+    end = config.duration_s * config.speed * upscale
+    return end if config.window_s is None else max(end, config.window_s[1])
+
+
 def take(workload: Workload, keep: Mask) -> Workload:
     """The requests of `keep`, renumbered; turns that waited for a dropped request go with it (counted)."""
     alive = _with_ancestors(workload, keep)

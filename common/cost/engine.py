@@ -1,10 +1,12 @@
 """What the serving engine adds around the kernels: graph padding and host time.
 
-The host constants are not fitted to any run of ours. Per sequence: a profile of vLLM's step loop (0.27, CPU engine,
-openfabric-systems/simllm pull request 204) finds 12.7 us per running request in the scheduler with its KV allocation,
-35% of a step's host work, so 36 us in all. Per iteration: about 0.5 ms for building inputs, replaying the graph and
-reading the sampled tokens back, 0.3 ms more for handing the batch to the other ranks when tp > 1. Both are close to
-the 0.2-0.3 ms and 5-6 ms at 256 sequences that vLLM issue 10634 reports for the older engine.
+The host constants are estimates, not measurements of ours, and the weakest numbers of the cost model. Per sequence:
+a profile of vLLM's step loop (0.27, CPU engine, openfabric-systems/simllm pull request 204, which its authors call
+void for drift) finds 12.7 us per running request in scheduling; taking that for the 35% of a step that it gives to
+scheduling and KV allocation makes 36 us in all. Per iteration, 0.5 ms for inputs, graph launch and reading tokens
+back and 0.3 ms for handing the batch to other ranks are judgement. They were set after the gap to the measured
+closed-loop points had been seen (about 1.4 ms + 37 us per sequence at tp 8), so those points are no independent test
+of them. With asynchronous scheduling they hide under any step longer than themselves.
 """
 
 from __future__ import annotations

@@ -11,145 +11,27 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from common.cost.grids import FOLDER, Array, Grid, pack
+from common.cost.filling import axis_of, concat, fastest, fill, fill_times, lattice
+from common.cost.grids import FOLDER, Grid, pack
 from common.cost.roofline import LAUNCH_NS, Roof
-from common.cost.tables import Table, read_skew, read_tables
+from common.cost.sources import SOURCES, Source
+from common.cost.table import Table
+from common.cost.tables import read_tables
+from common.cost.tables_vllm import read_skew
 from common.errors import ConfigError, KVPlaneError
 
 HEAD_DIM = 128
 DENSE = 0.5  # share of a lattice's shapes that must be measured for it to be completed
-OUTLIER = 1.5
 MAX_MESSAGE = 1 << 28  # bytes of an all-reduce
 SEND_BINS = 4  # bins of send/recv sizes per doubling
 MAX_TOKENS = 16384  # rows of a linear layer worth keeping
 LONGEST_NS = 2.3e8  # what a grid can store
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where one card's grid comes from. `kernel`: flash-attention generation, which decides how batches mix."""
-
-    name: str
-    folders: tuple[str, ...]
-    peak_flops: float
-    mem_bandwidth: float
-    link_bandwidth: float
-    num_sm: int
-    kernel: str
-    licence: str
-    skew_alpha: float | None = None  # `alpha_default` of meta.yaml, where the skew rows themselves are not at hand
-    network: str = ""  # folder with send/recv between two GPUs of one node
-
-
-AIC = "ai-dynamo/aiconfigurator, measured vLLM kernels, Apache-2.0"
-SIM = "casys-kaist/LLMServingSim, operators inside vLLM 0.19, MIT"
-DGX = "profiles/vidur/network/a100_dgx"  # microsoft/vidur, MIT
-SOURCES = (
-    Source("a100_sxm", ("profiles/a100_sxm",), 312e12, 2039e9, 300e9, 108, "fa2", AIC, network=DGX),
-    Source("h100_sxm", ("profiles/h100_sxm",), 989e12, 3350e9, 450e9, 132, "fa3", AIC),
-    Source("l40s", ("profiles/l40s",), 362.05e12, 864e9, 32e9, 142, "fa2", AIC),
-    Source("rtx4090", ("profiles/vllm_0.19/RTX4090",), 181e12, 1008e9, 16e9, 128, "fa2", SIM),
-    Source("rtxpro6000", ("profiles/vllm_0.19/RTXPRO6000",), 503.8e12, 1792e9, 64e9, 188, "fa2", SIM, 0.057),
-)
-
-
-def lattice(table: Table, axes: Sequence[Array]) -> Array:
-    """Times on the full lattice of `axes` (in the order of the table's columns), NaN where not measured."""
-    out = np.full([len(axis) for axis in axes], np.nan)
-    where = tuple(np.searchsorted(axis, table.keys[:, i]) for i, axis in enumerate(axes))
-    out[where] = table.time_ns
-    return out
-
-
-def fill(values: Array, axes: Sequence[Array], axes_used: Sequence[int] | None = None, diagonal: bool = False) -> Array:
-    """Fill holes of log-ratios: mean of the interpolations along each axis, then the nearest value along an axis."""
-    out = values.copy()
-    used = range(len(axes)) if axes_used is None else axes_used
-    for _ in range(4):
-        if not np.isnan(out).any():
-            break
-        guesses = np.stack([_along(out, i, axes[i]) for i in used] + ([_diagonal(out)] if diagonal else []))
-        known = ~np.isnan(guesses)
-        count = known.sum(axis=0)
-        mean = np.where(count > 0, np.where(known, guesses, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
-        out = np.where(np.isnan(out), mean, out)
-    for i in range(out.ndim - 1, -1, -1):
-        out = _edge(out, i)
-    return out
-
-
-def _diagonal(values: Array) -> Array:
-    """Mean of the two neighbours with the same product of coordinates, on a lattice of doublings."""
-    wide = np.pad(values, 1, constant_values=np.nan)
-    return (wide[2:, :-2] + wide[:-2, 2:]) / 2
-
-
-def _along(values: Array, axis: int, knots: Array) -> Array:
-    """Linear interpolation between the nearest known neighbours along one axis; NaN outside them."""
-    moved = np.moveaxis(values, axis, -1)
-    flat = moved.reshape(-1, moved.shape[-1])
-    out = np.full_like(flat, np.nan)
-    x = np.log(np.maximum(knots, 1.0))
-    for row, filled in zip(flat, out):
-        known = ~np.isnan(row)
-        if known.sum() >= 2 and not known.all():
-            filled[:] = np.interp(x, x[known], row[known], left=np.nan, right=np.nan)
-    return np.moveaxis(out.reshape(moved.shape), -1, axis)
-
-
-def _edge(values: Array, axis: int) -> Array:
-    """Continue the last known value outward along one axis."""
-    moved = np.moveaxis(values, axis, -1).copy()
-    for i in range(1, moved.shape[-1]):
-        moved[..., i] = np.where(np.isnan(moved[..., i]), moved[..., i - 1], moved[..., i])
-    for i in range(moved.shape[-1] - 2, -1, -1):
-        moved[..., i] = np.where(np.isnan(moved[..., i]), moved[..., i + 1], moved[..., i])
-    return np.moveaxis(moved, -1, axis)
-
-
-def fill_times(times: Array, roof: Array, axes: Sequence[Array], diagonal: bool = False) -> Array:
-    """Fill holes of times by their ratio to the roofline plus the launch floor."""
-    ideal = roof + np.nanmin(times)
-    return np.exp(fill(np.log(times / ideal), axes, diagonal=diagonal)) * ideal
-
-
-def concat(tables: Sequence[Table]) -> Table | None:
-    """Rows of several tables with the same columns. A shape measured more than once (versions of an engine) takes
-    the geometric mean, or the fastest where they disagree by more than `OUTLIER`: disturbances only slow things."""
-    if not tables:
-        return None
-    keys = np.concatenate([t.keys for t in tables])
-    logs = np.log(np.concatenate([t.time_ns for t in tables]))
-    unique, which = np.unique(keys, axis=0, return_inverse=True)
-    which = which.reshape(-1)
-    low, high, total = np.full(len(unique), np.inf), np.full(len(unique), -np.inf), np.zeros(len(unique))
-    np.minimum.at(low, which, logs)
-    np.maximum.at(high, which, logs)
-    np.add.at(total, which, logs)
-    mean = total / np.bincount(which)
-    times = np.exp(np.where(high - low > np.log(OUTLIER), low, mean))
-    return Table(tables[-1].family, tables[-1].columns, unique, times)
-
-
-def fastest(tables: Sequence[Table]) -> Table:
-    """Rows of several kernels for one operation: an engine picks the fastest at each shape."""
-    keys = np.concatenate([t.keys for t in tables])
-    times = np.concatenate([t.time_ns for t in tables])
-    order = np.argsort(times, kind="stable")
-    unique, first = np.unique(keys[order], axis=0, return_index=True)
-    return Table(tables[-1].family, tables[-1].columns, unique, times[order][first])
-
-
-def axis_of(table: Table, name: str) -> Array:
-    """Sorted distinct values of one column."""
-    return np.unique(table.column(name)).astype(np.float64)
 
 
 def fit_linear(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[Any]]:
@@ -323,15 +205,17 @@ def fit_send_recv(tables: Sequence[Table]) -> dict[str, npt.NDArray[Any]]:
     return {"sr_bytes": np.array(knots).astype(np.int64), "sr": pack(np.array(times))}
 
 
-def skew_alpha(files: Sequence[Path], default: float | None) -> float | None:
-    """Weighted least squares of (t_skew - t_mean) on (t_max - t_mean), weights 1 / t_mean^2; else meta's default."""
+def skew_alpha(files: Sequence[Path]) -> float | None:
+    """What uneven lengths cost pure decode batches: total extra time over total possible, sum(t_skew - t_mean) /
+    sum(t_max - t_mean). A simulator adds times up, so the estimate keeps the sum, not each point's relative error."""
     if not files:
-        return default
-    frames = [read_skew(path) for path in files]
-    mean = np.concatenate([f["t_mean_us"].to_numpy() for f in frames])
-    spread = np.concatenate([f["t_max_us"].to_numpy() for f in frames]) - mean
-    extra = np.concatenate([f["t_skew_us"].to_numpy() for f in frames]) - mean
-    return round(float(np.sum(extra * spread / mean**2) / np.sum(spread**2 / mean**2)), 4)
+        return None
+    extra = possible = 0.0
+    for frame in map(read_skew, files):
+        frame = frame[frame["regime"] == "pure"]
+        extra += float((frame["t_skew_us"] - frame["t_mean_us"]).sum())
+        possible += float((frame["t_max_us"] - frame["t_mean_us"]).sum())
+    return round(extra / possible, 4)
 
 
 def fit_tables(source: Source, tables: Sequence[Table], alpha: float | None = None) -> Grid:
@@ -373,7 +257,7 @@ def read_source(source: Source, data: Path) -> tuple[list[Table], float | None]:
         skews += sorted((data / folder).rglob("skew.csv"))
     if source.network:
         tables += [t for t in read_tables(data / source.network, "vidur") if t.family == "send_recv"]
-    return tables, skew_alpha(skews, source.skew_alpha)
+    return tables, skew_alpha(skews)
 
 
 def data_folder(given: str | None) -> Path:

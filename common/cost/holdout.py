@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.cost.fit import SOURCES, Source, data_folder, fit_tables, merge_all_reduce, read_source
+from common.cost.fit import data_folder, fit_tables, merge_all_reduce, read_source
 from common.cost.operators import Operators
 from common.cost.predict import Comparison, compare, summarise
-from common.cost.tables import Table, read_tables
+from common.cost.sources import SOURCES, Source
+from common.cost.table import Table
+from common.cost.tables import read_tables
 from common.cost.validate import hardware_named
 from common.errors import KVPlaneError
 

@@ -16,31 +16,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from common.cost.grids import Array, Grid, load_grid
+from common.cost.interpolate import Lattice, far, longer_chunks, nearest_heads, shape_weights
 from common.cost.roofline import LAUNCH_NS, Roof
 from common.cost.specs import HardwareSpec
 
 SIBLING = {"elem": "rtxpro6000", "samp": "rtxpro6000", "mix": "rtx4090", "ar": "l40s", "sr": "a100_sxm"}
-FAR_CONTEXT = 1 << 22  # last context knot of every lattice: beyond any request
 QUERY_TILE = 64  # query rows that one thread block of flash-attention 2 covers
-NEAREST = 4
-Rows = npt.NDArray[np.intp]
-
-
-@dataclass(frozen=True, slots=True)
-class Lattice:
-    """Times over two axes; linear between knots."""
-
-    x: Array
-    y: Array
-    time_ns: Array
-
-    def at(self, x: Array, y: Array) -> Array:
-        """Times on another lattice."""
-        along = np.array([np.interp(y, self.y, row) for row in self.time_ns])
-        return np.array([np.interp(x, self.x, column) for column in along.T]).T
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +140,7 @@ class Operators:
         )
         x, y = lattice.x, lattice.y
         roof = self.roof.prefill(x[:, None], pairs_of(x[:, None], y[None, :]), heads, kv_heads, head_dim)
-        return _far(Lattice(x, y, np.maximum(lattice.time_ns, roof)))
+        return far(Lattice(x, y, np.maximum(lattice.time_ns, roof)))
 
     def _engine_prefill(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         grid, source = self.grid, self._source_roof(self.grid)
@@ -171,7 +154,7 @@ class Operators:
             _query_work(self.roof, grid, x[:, None], pairs, heads, head_dim),
             float(times.min()),
         )
-        return _longer_chunks(Lattice(x, y, scaled))
+        return longer_chunks(Lattice(x, y, scaled))
 
     def _kernel_prefill(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         """Prompts without a cache are measured; a cached context adds its pairs at the rate of the longest prompt."""
@@ -217,7 +200,7 @@ class Operators:
         scaled = self._rescale(times, source.decode(x[:, None], y[None, :], h, kv, 128), target, float(times.min()))
         scaled = np.maximum(scaled, target)
         x = np.append(x, 4 * x[-1])
-        return _far(Lattice(x, y, np.vstack([scaled, 4 * scaled[-1:]])))
+        return far(Lattice(x, y, np.vstack([scaled, 4 * scaled[-1:]])))
 
     def mixing(self, heads: int, kv_heads: int, head_dim: int = 128) -> Mixing | None:
         """How chunk and decodes disturb each other in one kernel; None where the kernel (3rd generation) adds them.
@@ -268,74 +251,3 @@ def _query_work(roof: Roof, grid: Grid, tokens: Array, pairs: Array, heads: int,
 def pairs_of(tokens: Array, cached: Array) -> Array:
     """Query-key pairs of a causal chunk."""
     return tokens * cached + tokens * (tokens + 1) / 2
-
-
-def shape_weights(shapes: Array, n: float, k: float) -> tuple[Rows, Array]:
-    """Rows of `shapes` and weights for (n, k): exact, bilinear in a full cell, else inverse square distance."""
-    logs = np.log(shapes)
-    x, y = math.log(n), math.log(k)
-    distance = np.hypot(logs[:, 0] - x, logs[:, 1] - y)
-    if distance.min() < 1e-9:
-        return np.array([int(distance.argmin())], dtype=np.intp), np.ones(1)
-    cell = _cell(shapes, n, k)
-    if cell is not None:
-        return cell
-    rows = np.argsort(distance, kind="stable")[:NEAREST]
-    weights = 1.0 / distance[rows] ** 2
-    return rows, weights / weights.sum()
-
-
-def _bracket(axis: Array, value: float) -> tuple[float, float, float]:
-    """Neighbouring knots of `value` (clamped) and the log-linear weight of the upper one."""
-    i = int(np.clip(np.searchsorted(axis, value, side="right") - 1, 0, len(axis) - 1))
-    j = min(i + 1, len(axis) - 1)
-    if i == j or value <= axis[i]:
-        return axis[i], axis[i], 0.0
-    return axis[i], axis[j], math.log(value / axis[i]) / math.log(axis[j] / axis[i])
-
-
-def _cell(shapes: Array, n: float, k: float) -> tuple[Rows, Array] | None:
-    lookup = {(a, b): i for i, (a, b) in enumerate(shapes.tolist())}
-    ns, ks = np.unique(shapes[:, 0]), np.unique(shapes[:, 1])
-    if len(lookup) < 0.7 * len(ns) * len(ks):
-        return None  # scattered shapes, no lattice
-    n0, n1, u = _bracket(ns, n)
-    k0, k1, v = _bracket(ks, k)
-    corners = [
-        ((n0, k0), (1 - u) * (1 - v)),
-        ((n1, k0), u * (1 - v)),
-        ((n0, k1), (1 - u) * v),
-        ((n1, k1), u * v),
-    ]
-    used = [(lookup.get(corner), weight) for corner, weight in corners if weight > 0]
-    if any(row is None for row, _ in used):
-        return None
-    return np.array([row for row, _ in used], dtype=np.intp), np.array([weight for _, weight in used])
-
-
-def nearest_heads(table: Array, heads: int, kv_heads: int) -> tuple[int, tuple[int, int]]:
-    """The measured head configuration closest in group size, then in head count."""
-    group = np.abs(np.log((table[:, 0] / table[:, 1]) / (heads / kv_heads)))
-    size = np.abs(np.log(table[:, 0] / heads))
-    row = int(np.argmin(2.0 * group + size))
-    return row, (int(table[row, 0]), int(table[row, 1]))
-
-
-def _longer_chunks(lattice: Lattice) -> Lattice:
-    """Double the longest chunk three times: it costs its halves, one behind the other."""
-    x, y, rows = list(lattice.x), lattice.y, list(lattice.time_ns)
-    for _ in range(3):
-        half = rows[-1]
-        slope = (half[-1] - half[-2]) / (y[-1] - y[-2])
-        behind = np.where(y + x[-1] > y[-1], half[-1] + slope * (y + x[-1] - y[-1]), np.interp(y + x[-1], y, half))
-        rows.append(half + behind)
-        x.append(2 * x[-1])
-    return Lattice(np.array(x), y, np.array(rows))
-
-
-def _far(lattice: Lattice) -> Lattice:
-    """Continue the last segment of contexts to `FAR_CONTEXT`."""
-    y, t = lattice.y, lattice.time_ns
-    slope = np.maximum((t[:, -1] - t[:, -2]) / (y[-1] - y[-2]), 0.0)
-    last = t[:, -1] + slope * (FAR_CONTEXT - y[-1])
-    return Lattice(lattice.x, np.append(y, FAR_CONTEXT), np.column_stack([t, last]))

@@ -12,7 +12,7 @@ import numpy as np
 from common.cost.attention import AttentionCost
 from common.cost.grids import Array
 from common.cost.operators import Operators
-from common.cost.tables import Table
+from common.cost.table import Table
 
 CACHED = 0.98  # a time below this share of the speed of light was measured with its data in L2: not comparable
 LATENCY_NS = 15_000.0  # below this, launch and synchronisation decide

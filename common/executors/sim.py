@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, bisect_right
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from common.errors import ContractError, Stalled
@@ -22,7 +23,7 @@ from common.executors.simcontrol import Control
 from common.executors.simlane import Member, SimLane, Target
 from common.executors.simmoves import Moves
 from common.executors.simremote import remote_extra_ns
-from common.executors.simstate import ARRIVAL, DONE, TIMER, SimState
+from common.executors.simstate import ARRIVAL, DONE, MESSAGE, TIMER, UP, SimState
 from common.executors.source import NEVER, Client, WorkloadLike
 from common.record import RunRecord
 from common.sched.compose import next_iteration
@@ -93,7 +94,7 @@ class SimExecutor:
         self._output = [int(value) for value in workload.output_tokens]
         self._prompt = [int(value) for value in workload.prompt_tokens]
         self._generated = record.requests.output_tokens
-        self._first_lane: dict[int, int] = {}
+        self._behind: dict[int, tuple[SimLane, Entry]] = {}  # entries whose first tokens a lane in front computes
         self._costs: dict[tuple[int, bool, bool], StageCost] = {}
         self._submit: dict[type, Any] = {
             RunStep: self._run_step,
@@ -147,7 +148,7 @@ class SimExecutor:
         return None
 
     def _work_pending(self) -> bool:
-        return any(item[1] <= DONE for item in self.state.heap)
+        return any(UP <= item[1] <= MESSAGE for item in self.state.heap)
 
     def _check_stall(self, time_ns: int) -> None:
         quiet = time_ns - self._last_work > self.cluster.stall_ns and self.client.next_ns == NEVER
@@ -206,6 +207,9 @@ class SimExecutor:
         lane.budget = command.token_budget or lane.budget
         lane.reclaim = command.reclaim
         lane.command_id = command.command_id
+        lane.step_from = lane.ran
+        if not lane.stages:
+            raise ContractError(f"lane {lane.id}: no route, or its layers were dropped: RunStep needs stages")
         up = self.state.up
         for stage in lane.stages:
             if not up[stage.instance]:
@@ -216,14 +220,11 @@ class SimExecutor:
                 self.control.replace(lane, request_id, placement)
         for entry in command.add:
             self._join(lane, entry)
-        lane.step_from = lane.ran
         limit = command.max_iterations
         lane.limit = 1 << 60 if limit is None else lane.ran + limit
         lane.stop = False
         for foot in lane.feet:
             foot.active += 1
-        if lane.spread or lane.id in self.control.creditors:
-            self.control.refresh_remote(lane)
         event = self._begin(lane, self.state.now)
         if event is not None:
             self.state.ready.append(event)
@@ -262,7 +263,6 @@ class SimExecutor:
 
     def _join(self, lane: SimLane, entry: Entry) -> None:
         """Take a request into the lane: absorb its KV held at the stages, charge what it will need there."""
-        state = self.state
         request_id = entry.request_id
         known = self._prompt[request_id] + self._generated[request_id]
         if not 0 <= entry.computed < entry.target <= known or (entry.decode and entry.computed != known - 1):
@@ -270,36 +270,44 @@ class SimExecutor:
         if self.record.requests.status[request_id] != LIVE:
             raise ContractError(f"request {request_id} joins lane {lane.id} but is not live")
         self._count_migration(lane, entry)
-        size = state.block_size
-        if entry.placement is not None:
+        if entry.behind is not None:
+            self.control.check_behind(lane, entry)
+            self._behind[request_id] = (lane, entry)
+            entry = entry._replace(shared=entry.computed)  # so far it owns what it will compute itself
+        if entry.placement is not None and entry.placement != self.control.default(lane, entry):
             self.control.adopt(lane, entry)
         else:
-            blocks = -(-entry.target // size) - entry.shared // size
-            for stage in lane.stages:
-                layers = stage.layers[1] - stage.layers[0]
-                if entry.computed > entry.shared:
-                    tokens = (entry.shared, entry.computed)
-                    found = state.carve(request_id, stage.instance, Tier.HBM, stage.layers, tokens)
-                    if found != layers * (entry.computed - entry.shared):
-                        raise ContractError(
-                            f"request {request_id}: KV of tokens {tokens} is not on instance {stage.instance}"
-                        )
-                state.memory[stage.instance].take(blocks * layers)
+            self._take_over(lane, entry, entry.computed if entry.decode else entry.target)
         if entry.decode:
             left = self._output[request_id] - self._generated[request_id]
             if left <= 0:
                 raise ContractError(f"request {request_id} decodes beyond its end")
             member = Member(entry, entry.computed - lane.iteration, lane.iteration + left)
-            self._uncharge_next(lane, entry)
             lane.join(member, lane.costs[0].skew_alpha > 0)
         else:
             lane.targets.append(Target(entry))
 
-    def _uncharge_next(self, lane: SimLane, entry: Entry) -> None:
-        """A decoding entry's next block is charged by growth, not at the join."""
-        if entry.computed % self.state.block_size == 0 and entry.placement is None:
-            for stage in lane.stages:
-                self.state.memory[stage.instance].give(stage.layers[1] - stage.layers[0])
+    def _take_over(self, lane: SimLane, entry: Entry, charged: int) -> None:
+        """KV held at the stages becomes the lane's, which pays for the blocks of `charged` tokens."""
+        state, size = self.state, self.state.block_size
+        blocks = -(-charged // size) - entry.shared // size
+        for stage in lane.stages:
+            layers = stage.layers[1] - stage.layers[0]
+            if entry.computed > entry.shared:
+                tokens = (entry.shared, entry.computed)
+                found = state.carve(entry.request_id, stage.instance, Tier.HBM, stage.layers, tokens)
+                if found != layers * (entry.computed - entry.shared):
+                    raise ContractError(
+                        f"request {entry.request_id}: KV of tokens {tokens} is not (yet) on instance {stage.instance}"
+                    )
+            state.memory[stage.instance].take(blocks * layers)
+
+    def _hand_over(self, request_id: int) -> None:
+        """The lane in front has computed what an entry behind it goes on from."""
+        lane, entry = self._behind.pop(request_id)
+        target = next(target for target in lane.targets if target.entry.request_id == request_id)
+        target.entry = entry
+        self._take_over(lane, entry, entry.computed)
 
     def _count_migration(self, lane: SimLane, entry: Entry) -> None:
         home = lane.stages[0].instance
@@ -333,6 +341,9 @@ class SimExecutor:
             target = next(target for target in lane.targets if target.entry.request_id == request_id)
             entry, charged = target.entry, target.target
             lane.targets.remove(target)
+        self._behind.pop(request_id, None)
+        if lane.followers:
+            self.moves.unfollow(lane, request_id)
         if not keep:
             self.record.requests.num_preemptions[request_id] += 1
         self._release(lane, entry, charged, stored if keep else 0)
@@ -344,7 +355,7 @@ class SimExecutor:
     def _release(self, lane: SimLane, entry: Entry, charged: int, keep_tokens: int) -> None:
         """Give back `charged` tokens' blocks at the stages; keep the first `keep_tokens` as held KV."""
         state = self.state
-        if not keep_tokens and self.moves.copies:
+        if not keep_tokens and (self.moves.copies or self.moves.swaps):
             self.moves.cancel(entry.request_id)
         if entry.request_id in lane.spread:
             self.control.release(lane, entry, charged, keep_tokens)
@@ -415,6 +426,8 @@ class SimExecutor:
             if load:
                 duration = int(duration * (1.0 + sum(load.values())))
             lane.durations[index] = duration
+        if lane.spread:
+            self.control.refresh_remote(lane, chunks, num)
 
     def _enqueue(self, lane: SimLane, now: int) -> None:
         instance = lane.feet[lane.stage]
@@ -453,6 +466,7 @@ class SimExecutor:
         if at - context >= count:
             return
         lane.item_iterations = at - context
+        lane.durations[0] = prefix[at] - prefix[context]
         state = self.state
         state.sequence = lane.due = state.sequence + 1
         end = lane.item_start + prefix[at] - prefix[context]
@@ -507,10 +521,10 @@ class SimExecutor:
         self._note_segment(lane, now, count)
         if lane.runs_decodes and num:
             grown = phase.growth(lane.iteration, count)
-            if grown:
-                self._grow(lane, grown)
             if lane.spread:
-                self.control.grow_spread(lane)
+                self._grow(lane, grown, self.control.grow_spread(lane))
+            elif grown:
+                self._grow(lane, grown)
         if lane.runs_decodes:
             lane.iteration += count
         lane.ran += count
@@ -532,18 +546,20 @@ class SimExecutor:
         segments.decodes.append(lane.phase.num if lane.runs_decodes else 0)
         segments.prefill_tokens.append(sum(lane.chunks))
 
-    def _grow(self, lane: SimLane, blocks: int) -> None:
-        """Charge new blocks at every stage, taking over cached ones where the step allows it."""
-        for stage in lane.stages:
+    def _grow(self, lane: SimLane, blocks: int, elsewhere: Sequence[int] = ()) -> None:
+        """Charge new blocks at every stage but for cells that grew `elsewhere`, taking over cached ones where the
+        step allows it."""
+        for index, stage in enumerate(lane.stages):
             layers = stage.layers[1] - stage.layers[0]
             memory = self.state.memory[stage.instance]
-            short = memory.used + blocks * layers - memory.capacity
+            new_cells = blocks * layers - (elsewhere[index] if elsewhere else 0)
+            short = memory.used + new_cells - memory.capacity
             if short > 0 and lane.reclaim:
                 cells = min(-(-short // layers), lane.reclaim) * layers
                 lane.reclaim -= cells // layers
                 memory.cached -= cells
                 memory.give(cells)
-            memory.take(blocks * layers)
+            memory.take(new_cells)
 
     def _advance_targets(self, lane: SimLane, now: int) -> None:
         """Add computed chunks; at a reached target sample, decode, or leave."""
@@ -567,6 +583,8 @@ class SimExecutor:
         member = Member(entry, entry.target - lane.iteration, lane.iteration + left)
         if left and (entry.leave or not entry.sample):
             self._release(lane, entry, entry.target, entry.target)
+            if request_id in self._behind:
+                self._hand_over(request_id)
             lane.stop = True
         else:
             lane.join(member, lane.costs[0].skew_alpha > 0)  # with nothing left it finishes at this boundary
@@ -596,6 +614,8 @@ class SimExecutor:
             foot.active -= 1
         if self.moves.waits_for_steps or lane.followers:
             self.moves.step_ended(lane, command_id)
+        if lane.id in self.control.creditors:
+            self.control.unload(lane)
         return event
 
     def _finish(self, lane: SimLane, request_id: int) -> None:
@@ -624,6 +644,7 @@ class SimExecutor:
             raise ContractError(f"request {request_id} aborted but not live")
         requests.status[request_id] = REJECTED
         requests.reasons[request_id] = command.reason
+        self.moves.cancel(request_id)
         self.state.free_all(request_id)
         self.live -= 1
         self.client.ended(self.state.now, request_id)
@@ -649,7 +670,8 @@ class SimExecutor:
         context = lane.effective_context(lane.costs[0].skew_alpha)
         goal = self.state.now - lane.item_start + prefix[context]
         find = bisect_right if self._strict(lane) else bisect_left
-        return lane.iteration + find(prefix, goal, context + 1, context + lane.item_iterations) - 1 - context
+        done: int = find(prefix, goal, context + 1, context + lane.item_iterations) - 1 - context
+        return lane.iteration + done
 
     def lanes_of(self, *instances: int) -> tuple[tuple[int, int], ...]:
         """(lane, completed iterations) of the lanes with a stage on these instances, by lane id."""
@@ -665,11 +687,19 @@ class SimExecutor:
         if serving is not None:
             self._cut(serving)
 
+    def boundary_ns(self, instance: int) -> int:
+        """When the iteration that an instance is in ends; now, if it is in none. A leap is cut there."""
+        lane = self.instances[instance].serving
+        if lane is None:
+            return self.state.now
+        self._cut(lane)
+        end_ns: int = lane.item_start + lane.durations[lane.stage]
+        return end_ns
+
     def _fail_lane(self, lane: SimLane) -> None:
         """A stage's instance is gone: the step fails, the lane empties, its requests' KV is freed everywhere."""
         for request_id in [*lane.members, *(target.entry.request_id for target in lane.targets)]:
             self._drop_from_dead(lane, request_id)
-        lane.paced, lane.followers = [], []
         self._answer_failed(lane)
 
     def _drop_from_dead(self, lane: SimLane, request_id: int) -> None:
@@ -725,5 +755,8 @@ class SimExecutor:
                              (), tuple(lane.prefilled))  # fmt: skip
             self.record.num_iterations += event.iterations
             self.state.ready.append(event)
-        lane.command_id = None
+        command_id, lane.command_id = lane.command_id, None
         lane.prefilled.clear()
+        self.moves.step_ended(lane, command_id)
+        if lane.id in self.control.creditors:
+            self.control.unload(lane)

@@ -1,107 +1,136 @@
 """Attention over KV that lives elsewhere: what an iteration costs when queries travel (DESIGN: creditors).
 
 Per layer a debtor pays max(local partial, round trip + bytes / bandwidth + wait + remote partial) + merge. All requests
-of a layer go in one message per creditor. Creditors are slowed by the share of time that their remote work takes.
+of a layer go in one message per creditor, which also carries new KV to be appended there. Creditors are slowed by the
+share of time that their remote work takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from common.executors.memory import overlap
+from common.executors.cluster import StageCost
 from common.executors.simlane import SimLane
+from common.types import Layers
 
 if TYPE_CHECKING:
     from common.executors.sim import SimExecutor
 
+Chunks = Sequence[tuple[int, int]]  # (tokens, tokens computed before)
+
 
 class Share:
-    """What one creditor does for one stage in one iteration."""
+    """What one creditor does for one layer in one iteration."""
 
-    __slots__ = ("chunk_ns", "queries", "requests", "tokens")
+    __slots__ = ("appended", "chunk_ns", "queries", "requests", "tokens")
 
     def __init__(self) -> None:
-        self.requests = 0  # decodes
+        self.requests = 0  # decodes with KV here
         self.tokens = 0  # their KV here
         self.queries = 0  # query tokens shipped, decodes and chunks
-        self.chunk_ns = 0  # all layers
+        self.appended = 0  # tokens whose new KV is stored here
+        self.chunk_ns = 0  # attention of chunks over the KV here
 
 
-def _away(executor: SimExecutor, lane: SimLane, index: int, request_id: int, stored: int) -> dict[int, int]:
-    """Tokens of a spread request that each other instance holds for a stage, by instance."""
-    stage = lane.stages[index]
+def _bands(lane: SimLane, layers: Layers) -> list[Layers]:
+    """A stage's layers, cut where any placement in the lane cuts them."""
+    borders = {border for placement in lane.spread.values() for span in placement for border in span.layers}
+    inside = sorted({border for border in borders if layers[0] < border < layers[1]})
+    return list(pairwise([layers[0], *inside, layers[1]]))
+
+
+def _away(lane: SimLane, index: int, layer: int, request_id: int, start: int, end: int) -> dict[int, int]:
+    """Tokens of [start, end) of a request that each other instance has for a layer of a stage, by instance."""
+    home = lane.stages[index].instance
     found: dict[int, int] = {}
-    for span in lane.spread[request_id]:
-        if span.instance == stage.instance or not overlap(span.layers, stage.layers):
+    for span in lane.spread.get(request_id, ()):
+        if span.instance == home or not span.layers[0] <= layer < span.layers[1]:
             continue
-        end = stored if span.token_end is None else min(span.token_end, stored)
-        if end > span.token_start:
-            found[span.instance] = found.get(span.instance, 0) + end - span.token_start
+        low, high = max(start, span.token_start), end if span.token_end is None else min(end, span.token_end)
+        if high > low:
+            found[span.instance] = found.get(span.instance, 0) + high - low
     return found
 
 
-def shares(
-    executor: SimExecutor, lane: SimLane, index: int, chunks: Sequence[tuple[int, int]], num: int
-) -> tuple[dict[int, Share], list[tuple[int, int]], int]:
-    """Work of each creditor, chunks with their local context only, and remote decode tokens in all."""
-    cost = lane.costs[index]
+def _attended_ns(cost: StageCost, chunk: int, context: int, layers: int) -> int:
+    """One layer's attention of a chunk over earlier tokens."""
+    over, alone = cost.iteration_ns([(chunk, context)], 0, 0, 0), cost.iteration_ns([(chunk, 0)], 0, 0, 0)
+    return max(0, over - alone) // layers
+
+
+def _shares(lane: SimLane, index: int, layer: int, chunks: Chunks, num: int) -> tuple[dict[int, Share], int, list[int]]:
+    """Work of each creditor for a layer, decode tokens that are elsewhere in all, and of each chunk's context."""
+    cost, (low, high) = lane.costs[index], lane.stages[index].layers
     work: dict[int, Share] = {}
     remote = 0
-    if num:
-        for request_id in lane.spread:
-            member = lane.members.get(request_id)
-            if member is None:
-                continue
-            for instance, tokens in _away(executor, lane, index, request_id, member.offset + lane.iteration).items():
-                share = work.setdefault(instance, Share())
-                share.requests += 1
-                share.tokens += tokens
-                share.queries += 1
-                remote += tokens
-    local: list[tuple[int, int]] = []
+    for request_id in lane.spread if num else ():
+        member = lane.members.get(request_id)
+        if member is None:
+            continue
+        position = member.offset + lane.iteration  # of the token being written, which is attended to as well
+        for instance, tokens in _away(lane, index, layer, request_id, 0, position + 1).items():
+            share = work.setdefault(instance, Share())
+            share.requests += 1
+            share.queries += 1
+            share.tokens += tokens
+            remote += tokens
+        for instance in _away(lane, index, layer, request_id, position, position + 1):
+            work[instance].appended += 1
+    away_of_chunks: list[int] = []
     for (chunk, computed), target in zip(chunks, lane.targets):
         request_id = target.entry.request_id
-        away = _away(executor, lane, index, request_id, computed) if request_id in lane.spread else {}
-        local.append((chunk, computed - sum(away.values())))
-        for instance, tokens in away.items():
+        before = _away(lane, index, layer, request_id, 0, computed)
+        new = _away(lane, index, layer, request_id, computed, computed + chunk)
+        away_of_chunks.append(sum(before.values()))
+        for instance in {**before, **new}:
             share = work.setdefault(instance, Share())
             share.queries += chunk
-            attended = cost.iteration_ns([(chunk, tokens)], 0, 0, 0) - cost.iteration_ns([(chunk, 0)], 0, 0, 0)
-            share.chunk_ns += max(0, attended)
-    return work, local, remote
+            share.appended += new.get(instance, 0)
+            share.chunk_ns += _attended_ns(cost, chunk, before.get(instance, 0), high - low)
+    return work, remote, away_of_chunks
 
 
-def remote_extra_ns(
-    executor: SimExecutor, lane: SimLane, index: int, chunks: Sequence[tuple[int, int]], num: int, logits: int
-) -> int:
+def remote_extra_ns(executor: SimExecutor, lane: SimLane, index: int, chunks: Chunks, num: int, logits: int) -> int:
     """Duration of one iteration at a stage of a lane with spread requests."""
-    cluster = executor.cluster
     cost, stage = lane.costs[index], lane.stages[index]
     layers = stage.layers[1] - stage.layers[0]
-    work, local, remote = shares(executor, lane, index, chunks, num)
-    context = max(1, lane.effective_context(cost.skew_alpha) - remote // num) if num else 0
-    base = cost.iteration_ns(local, num, context, logits)
-    if not work:
-        return base
-    local_ns = cost.partial_attention_ns(num, context) if num else 0
-    slowest = 0
-    for instance, share in work.items():
-        link = cluster.link(stage.instance, instance)
-        wire = 2 * link.latency_ns + int(
-            share.queries * (cluster.query_bytes + cluster.partial_bytes) * 1e9 / link.bandwidth
-        )
-        slowest = max(slowest, wire + _wait_ns(executor, instance) + _partial_ns(lane, index, share, layers))
-    merge = cost.merge_ns(max(num, 1), len(work) + 1)
-    return base + layers * (max(0, slowest - local_ns) + merge)
+    context = lane.effective_context(cost.skew_alpha) if num else 0
+    extra = remote_sum = 0
+    away_sum = [0] * len(chunks)
+    for low, high in _bands(lane, stage.layers):
+        work, remote, away = _shares(lane, index, low, chunks, num)
+        remote_sum += remote * (high - low)
+        away_sum = [total + tokens * (high - low) for total, tokens in zip(away_sum, away)]
+        if work:
+            local_ns = cost.partial_attention_ns(num, max(1, context - remote // num)) if num else 0
+            for (chunk, computed), tokens in zip(chunks, away):
+                local_ns += _attended_ns(cost, chunk, computed - tokens, layers)
+            slowest = max(_remote_ns(executor, lane, index, instance, share) for instance, share in work.items())
+            merge = sum(cost.merge_ns(share.queries) for share in work.values())
+            extra += (high - low) * (max(0, slowest - local_ns) + merge)
+    local = [(chunk, computed - tokens // layers) for (chunk, computed), tokens in zip(chunks, away_sum)]
+    if num:
+        context = max(1, context - remote_sum // layers // num)
+    return cost.iteration_ns(local, num, context, logits) + extra
 
 
-def _partial_ns(lane: SimLane, index: int, share: Share, layers: int) -> int:
+def _remote_ns(executor: SimExecutor, lane: SimLane, index: int, instance: int, share: Share) -> int:
+    """One layer's queries to a creditor (with new KV to append), its partial attention, and the results back."""
+    cluster, links = executor.cluster, executor.moves.links
+    home = lane.stages[index].instance
+    kv_bytes = share.appended * cluster.instances[instance].cell_bytes // cluster.block_size
+    out = links.message_ns(home, instance, share.queries * cluster.query_bytes + kv_bytes)
+    back = links.message_ns(instance, home, share.queries * cluster.partial_bytes)
+    return out + _wait_ns(executor, instance) + _partial_ns(lane.costs[index], share) + back
+
+
+def _partial_ns(cost: StageCost, share: Share) -> int:
     """One layer's remote partial attention."""
-    total = share.chunk_ns // layers
-    if share.requests:
-        total += lane.costs[index].partial_attention_ns(share.requests, share.tokens // share.requests)
-    return total
+    if not share.requests:
+        return share.chunk_ns
+    return share.chunk_ns + cost.partial_attention_ns(share.requests, share.tokens // share.requests)
 
 
 def _wait_ns(executor: SimExecutor, instance: int) -> int:
@@ -114,16 +143,14 @@ def _wait_ns(executor: SimExecutor, instance: int) -> int:
     return per_item // (stage.layers[1] - stage.layers[0]) // 2
 
 
-def creditor_load(executor: SimExecutor, lane: SimLane) -> dict[int, float]:
-    """Share of each creditor's time that this lane's remote attention takes, from its batch as it stands."""
+def creditor_load(lane: SimLane, chunks: Chunks, num: int) -> dict[int, float]:
+    """Share of each creditor's time that this lane's remote attention takes while its priced iteration lasts."""
     load: dict[int, float] = {}
-    num = lane.phase.num
-    chunks = [(target.target - target.computed, target.computed) for target in lane.targets]
+    total = max(1, sum(lane.durations))
     for index, stage in enumerate(lane.stages):
-        work, _, _ = shares(executor, lane, index, chunks, num)
-        layers = stage.layers[1] - stage.layers[0]
-        total = remote_extra_ns(executor, lane, index, chunks, num, num)
-        for instance, share in work.items():
-            busy = layers * _partial_ns(lane, index, share, layers) / max(total, 1)
-            load[instance] = load.get(instance, 0.0) + busy
+        for low, high in _bands(lane, stage.layers):
+            work, _, _ = _shares(lane, index, low, chunks, num)
+            for instance, share in work.items():
+                busy = (high - low) * _partial_ns(lane.costs[index], share) / total
+                load[instance] = load.get(instance, 0.0) + busy
     return load

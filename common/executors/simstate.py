@@ -45,6 +45,17 @@ class SimState:
         heapq.heappush(self.heap, (time_ns, event_class, tie, sequence, handler, argument))
         return sequence
 
+    def moved(self, start_ns: int, src: int, dst: int, num_bytes: int, request_id: int, kind: str) -> None:
+        """Record bytes that have crossed a link by now."""
+        moves = self.record.moves
+        moves.start_ns.append(start_ns)
+        moves.end_ns.append(self.now)
+        moves.src.append(src)
+        moves.dst.append(dst)
+        moves.num_bytes.append(num_bytes)
+        moves.request_id.append(request_id)
+        moves.kind.append(kind)
+
     # ------------------------------------------------------------ held KV
 
     def cells_for(self, request_id: int, held: Held) -> int:

@@ -72,6 +72,14 @@ def room_for(rule: Rule, budget: int, num_decodes: int, targets: Sequence[Target
     return pending + need <= budget
 
 
+def iterations_until_reached(rule: Rule, budget: int, num_decodes: int, targets: Sequence[Target]) -> int:
+    """Iterations at whose end the first target is reached, if nothing else changes."""
+    if rule is not Rule.CHUNKED and rule is not Rule.SARATHI:
+        return 1
+    room = budget - num_decodes
+    return -(-(targets[0].target - targets[0].computed) // room) if room > 0 else 1 << 40
+
+
 def iterations_until_room(rule: Rule, budget: int, num_decodes: int, targets: Sequence[Target], need: int) -> int:
     """Iterations after whose end `room_for` such a target first holds, if nothing else changes (0: now)."""
     if rule is not Rule.CHUNKED and rule is not Rule.SARATHI:

@@ -3,7 +3,8 @@ recompute of the last admitted, optional prefix caching. A pure state machine th
 
 The ledger keeps counts of blocks: free + private to requests + cached = total. `max_iterations` of every step is the
 most that nothing here could object to: until blocks run out, until the token budget has room for the queue's head,
-or until a prompt completes that could turn the head's misses into hits. So leaps of any length decide alike.
+or, with prefix caching, until a prompt completes (it may turn misses of the queue's head into hits, and its lease pins
+cached blocks). So leaps of any length decide alike.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from common.errors import ContractError
 from common.kv.index import Lease, PrefixIndex
-from common.sched.compose import iterations_until_room, room_for
+from common.sched.compose import iterations_until_reached, iterations_until_room, room_for
 from common.sched.phase import PhaseCounter
 from common.types import (
     Abort,
@@ -154,9 +155,9 @@ class LaneScheduler:
         grown = phase.growth(self.iteration, clock - self.iteration)
         self.iteration = clock
         self.busy = self.stopping = False
-        for request_id, at in event.prefilled:
-            grown += self._prefilled(running[request_id], at)
-        self._charge_growth(grown)
+        self._charge_growth(grown)  # first: what a new prompt's lease pins can be evicted no more
+        if event.prefilled:
+            self._charge_growth(sum([self._prefilled(running[request_id], at) for request_id, at in event.prefilled]))
         for request_id, computed in event.partial:
             running[request_id].computed = computed
         return [self._finish(request_id, out) for request_id in event.finished]
@@ -345,8 +346,9 @@ class LaneScheduler:
             head = self.waiting[0].known
             until = iterations_until_room(config.rule, config.max_num_batched_tokens, phase.num, targets, head)
             limit = min(limit, until)
-        elif self.waiting and targets and self.index is not None:
-            limit = 1
+        if targets and self.index is not None:
+            until = iterations_until_reached(config.rule, config.max_num_batched_tokens, phase.num, targets)
+            limit = min(limit, until)
         if config.max_leap is not None:
             limit = min(limit, config.max_leap)
         return max(limit, 1)

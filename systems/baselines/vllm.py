@@ -41,7 +41,8 @@ class VllmPolicy:
         self._least: list[tuple[int, int, int]] = []
         self._chosen: dict[int, int] = {}
         self._orphans: list[Seq] = []  # arrived while no instance was up
-        self._dying: dict[int, LaneScheduler] = {}
+        self._dying: dict[int, LaneScheduler] = {}  # by lane
+        self._starts: dict[int, int] = {}  # instance -> times it came up
 
     # ------------------------------------------------------------ contract
 
@@ -112,18 +113,22 @@ class VllmPolicy:
             for seq in self._dying.pop(event.lane).lost(event):
                 self._route(seq, out)
             return
-        lane = self.lanes[event.lane]
-        finished = lane.step_done(event, out)
+        instance = event.lane % len(self.cluster.instances)
+        lane = self.lanes[instance]
+        before = lane.outstanding()
+        lane.step_done(event, out)
         lane.schedule(out)
-        if finished:
-            self._note(event.lane, lane)
+        if lane.outstanding() != before:
+            self._note(instance, lane)
 
     # ------------------------------------------------------------ membership
 
     def _up(self, event: InstanceUp, out: list[Command]) -> None:
         layers = self.cluster.instances[event.instance].num_layers
         stages = (Stage(event.instance, (0, layers)),)
-        lane = LaneScheduler(event.instance, stages, event.kv_cells // layers, self.engine)
+        start = self._starts[event.instance] = self._starts.get(event.instance, -1) + 1
+        lane_id = event.instance + start * len(self.cluster.instances)  # an instance that is back has a new lane
+        lane = LaneScheduler(lane_id, stages, event.kv_cells // layers, self.engine)
         self.lanes[event.instance] = lane
         self._note(event.instance, lane)
         orphans, self._orphans = self._orphans, []
@@ -136,7 +141,7 @@ class VllmPolicy:
         if lane is None:
             return
         if lane.busy:
-            self._dying[instance] = lane
+            self._dying[lane.lane] = lane
             return
         for seq in lane.lost(None):
             self._route(seq, out)

@@ -7,22 +7,23 @@ from hypothesis import strategies as st
 from common.types import Rule
 from tests.laws.lawlib import Request, Scenario
 
-# Lengths: mostly small, some that span several blocks of 16.
-TOKENS = st.one_of(st.integers(1, 8), st.integers(1, 40))
-GAPS = st.one_of(st.just(0), st.integers(0, 12))
+# `sampled_from` draws evenly: long replies that start together are what makes memory run out.
+PROMPTS = st.sampled_from((1, 2, 3, 4, 7, 8, 16, 17, 33))
+OUTPUTS = st.sampled_from((1, 2, 3, 6, 12, 20, 40))
+GAPS = st.sampled_from((0, 0, 0, 1, 2, 5, 12))
 
 
 @st.composite
 def request_lists(draw, max_size=14, sessions=True):
     """Requests that arrive together, close together, or after a reply."""
     requests = []
-    for index in range(draw(st.integers(1, max_size))):
+    for index in range(draw(st.sampled_from(range(1, max_size + 1)))):
         parent = -1
         if sessions and index and draw(st.integers(0, 3)) == 0:
             parent = draw(st.integers(0, index - 1))
-        prompt = draw(TOKENS)
+        prompt, document = draw(PROMPTS), draw(st.sampled_from((0, 0, 1, -1)))
         own = draw(st.sampled_from((0, 1, 5)))
-        requests.append(Request(draw(GAPS), prompt, draw(TOKENS), draw(st.integers(-1, 2)), min(own, prompt), parent))
+        requests.append(Request(draw(GAPS), prompt, draw(OUTPUTS), document, min(own, prompt), parent))
     return tuple(requests)
 
 
@@ -40,8 +41,8 @@ def scenarios(draw, losses=True, caching=None, max_size=14):
     """Runs of the vllm policy: usually every request fits, sometimes barely, at times one does not."""
     requests = draw(request_lists(max_size))
     size = draw(st.sampled_from((1, 4, 16)))
-    instances = draw(st.integers(1, 4))
-    room = draw(st.sampled_from((-1, 0, 1, 2, 4, 10, 100)))
+    instances = draw(st.sampled_from((1, 1, 2, 3, 4)))
+    room = draw(st.sampled_from((-1, 0, 1, 2, 4, 100)))
     lost = ()
     if losses and instances > 1:
         pairs = st.tuples(st.integers(0, 150), st.integers(1, instances - 1))  # instance 0 stays
@@ -52,8 +53,8 @@ def scenarios(draw, losses=True, caching=None, max_size=14):
         max(1, _longest(requests, size) + room),
         size,
         draw(st.sampled_from(tuple(Rule))),
-        draw(st.sampled_from((1, 3, 8, 16, 48, 512))),
-        draw(st.sampled_from((1, 2, 3, 5, 64))),
+        draw(st.sampled_from((3, 16, 48, 512))),
+        draw(st.sampled_from((1, 3, 5, 64))),
         draw(st.booleans()) if caching is None else caching,
         draw(st.sampled_from((0.0, 0.0, 0.1))),
         draw(st.sampled_from(("round_robin", "least_outstanding"))),

@@ -13,8 +13,9 @@ import yaml
 
 from common.cost.engine import EngineTraits, engine_traits
 from common.cost.grids import FOLDER, load_grid, pack, unpack
+from common.cost.interpolate import shape_weights
 from common.cost.model import InstanceCost
-from common.cost.operators import Operators, shape_weights
+from common.cost.operators import Operators
 from common.cost.specs import load_hardware, load_model
 from common.errors import ConfigError
 

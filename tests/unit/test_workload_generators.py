@@ -37,6 +37,13 @@ def test_duration_and_count_cut_the_same_arrivals() -> None:
     assert np.array_equal(both.arrival_ns, long.arrival_ns[:20])
 
 
+def test_transformations_still_fill_the_duration() -> None:
+    for keys, rate in (({"rate_scale": 2.5}, 5.0), ({"rate_scale": 0.5}, 1.0), ({"speed": 3.0}, 6.0)):
+        trace = make("poisson", num_requests=None, duration_s=1000.0, rate=2.0, **keys)
+        assert trace.arrival_ns[-1] / 1e9 == pytest.approx(1000, abs=10)
+        assert trace.num_requests == pytest.approx(1000 * rate, rel=0.1)
+
+
 def test_burst_doubles_the_rate_at_45_s() -> None:
     trace = make("burst", rate=200.0)
     assert rate_between(trace, 0, 45) == pytest.approx(200, rel=0.05)
