@@ -27,7 +27,7 @@ class FakeCost:
     def __init__(self, layers: int, first: bool, last: bool, alpha: float = 0.0) -> None:
         self.layers = layers
         self.head = 5 * US if last else 0
-        self.skew_alpha = alpha
+        self.skew_alphas = (alpha,) if alpha else ()
 
     def iteration_ns(self, chunks: Sequence[tuple[int, int]], num_decodes: int, context: int, num_logits: int) -> int:
         layer = 10 * US

@@ -205,20 +205,21 @@ def fit_send_recv(tables: Sequence[Table]) -> dict[str, npt.NDArray[Any]]:
     return {"sr_bytes": np.array(knots).astype(np.int64), "sr": pack(np.array(times))}
 
 
-def skew_alpha(files: Sequence[Path]) -> float | None:
-    """What uneven lengths cost pure decode batches: total extra time over total possible, sum(t_skew - t_mean) /
-    sum(t_max - t_mean). A simulator adds times up, so the estimate keeps the sum, not each point's relative error."""
-    if not files:
-        return None
-    extra = possible = 0.0
-    for frame in map(read_skew, files):
-        frame = frame[frame["regime"] == "pure"]
-        extra += float((frame["t_skew_us"] - frame["t_mean_us"]).sum())
-        possible += float((frame["t_max_us"] - frame["t_mean_us"]).sum())
-    return round(extra / possible, 4)
+def skew_rule(files: Sequence[Path]) -> dict[str, float] | None:
+    """What uneven lengths cost decode batches, by tp: the profile's own `skew_fit.per_tp.*.alpha_default` in
+    meta.yaml, mean over its models; None where its fit is off or there is none: no correction that its authors have
+    not measured and enabled."""
+    import yaml
+
+    found: dict[str, list[float]] = {}
+    for file in files:
+        fit = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("skew_fit") or {}
+        for tp, entry in (fit.get("per_tp") or {}).items() if fit.get("enabled") else ():
+            found.setdefault(str(tp), []).append(float(entry["alpha_default"]))
+    return {tp: round(sum(alphas) / len(alphas), 4) for tp, alphas in sorted(found.items())} or None
 
 
-def fit_tables(source: Source, tables: Sequence[Table], alpha: float | None = None) -> Grid:
+def fit_tables(source: Source, tables: Sequence[Table], skew: dict[str, float] | None = None) -> Grid:
     """One card's grid from its measured tables."""
     roof = Roof.of(source.peak_flops, source.mem_bandwidth)
 
@@ -243,21 +244,21 @@ def fit_tables(source: Source, tables: Sequence[Table], alpha: float | None = No
         "num_sm": source.num_sm,
         "kernel": source.kernel,
         "source": source.licence,
-        "skew_alpha": alpha,
+        "skew": skew,
     }
     return Grid(meta, arrays)
 
 
-def read_source(source: Source, data: Path) -> tuple[list[Table], float | None]:
-    """A card's tables and its skew coefficient."""
+def read_source(source: Source, data: Path) -> tuple[list[Table], dict[str, float] | None]:
+    """A card's tables and its skew rule."""
     tables: list[Table] = []
     skews: list[Path] = []
     for folder in source.folders:
         tables += read_tables(data / folder)
-        skews += sorted((data / folder).rglob("skew.csv"))
+        skews += sorted((data / folder).rglob("meta.yaml"))
     if source.network:
         tables += [t for t in read_tables(data / source.network, "vidur") if t.family == "send_recv"]
-    return tables, skew_alpha(skews)
+    return tables, skew_rule(skews)
 
 
 def data_folder(given: str | None) -> Path:
@@ -278,9 +279,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         data = data_folder(args.data)
         for source in SOURCES:
-            tables, alpha = read_source(source, data)
+            tables, skew = read_source(source, data)
             path = Path(args.out) / f"{source.name}.npz"
-            fit_tables(source, tables, alpha).save(path)
+            fit_tables(source, tables, skew).save(path)
             print(f"{path.name}: {sum(len(t.time_ns) for t in tables):,} points, {path.stat().st_size:,} bytes")
     except KVPlaneError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -41,7 +41,7 @@ class InstanceCost:
         self.first, self.last = first, last
         self.engine = engine or EngineTraits()
         self.operators = ops = operators or Operators(hardware)
-        self.skew_alpha: float = skew_alpha(ops)
+        self.skew_alphas: tuple[float, ...] = skew_alphas(ops, tp)
         self.heads, self.kv_heads = max(1, model.num_heads // tp), shard_kv_heads(model, tp)
         self._dense: list[int] = []
         self._head: list[int] = []
@@ -52,7 +52,7 @@ class InstanceCost:
 
     def iteration_ns(self, chunks: Sequence[tuple[int, int]], num_decodes: int, context: int, num_logits: int) -> int:
         """One forward pass: prefill `chunks` of (new tokens, cached context before them) beside `num_decodes`
-        decodes of effective context `context` (mean + skew_alpha * (max - mean), the new token included); LM head
+        decodes of effective context `context` (mean + skew_alphas[n] * (max - mean), the new token included); LM head
         and sampler run for `num_logits` rows."""
         if not chunks:
             if num_logits == num_decodes:
@@ -191,10 +191,9 @@ class InstanceCost:
         return self.attention.decode_row(batch, self.num_layers, fixed, host)
 
 
-def skew_alpha(operators: Operators) -> float:
-    """Weight of the longest decode in the effective context: the grid's own, else RTX 4090's, whose rows are the only
-    ones at hand (by the tables' own estimator, `alpha_default` of meta.yaml, both RTX cards agree within 2%)."""
-    own = operators.grid.meta.get("skew_alpha")
-    if own is None:
-        own = load_grid("rtx4090").meta["skew_alpha"]
-    return float(own)
+def skew_alphas(operators: Operators, tp: int) -> tuple[float, ...]:
+    """Weight of the longest decode in the effective context, for every batch size: what the profile's own meta.yaml
+    says for this tp (or its largest below), nothing where its skew fit is off or absent (docs/cost-model.md)."""
+    known = {int(key): float(alpha) for key, alpha in (operators.grid.meta.get("skew") or {}).items()}
+    below = [key for key in known if key <= tp] or list(known)[:1]
+    return (known[max(below)],) if below else ()

@@ -35,9 +35,9 @@ PER_TOKEN = (
 
 
 class VidurTables:
-    """Iteration times of one replica. `context` of decodes is the plain mean, rounded down (`skew_alpha` is 0)."""
+    """Iteration times of one replica. `context` of decodes is the plain mean, rounded down (no `skew_alphas`)."""
 
-    skew_alpha: float = 0.0
+    skew_alphas: tuple[float, ...] = ()
 
     def __init__(self, folder: str | Path, num_layers: int = 80) -> None:
         self.folder = Path(folder)

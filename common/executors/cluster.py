@@ -13,7 +13,10 @@ from common.types import ClusterInfo, InstanceInfo
 class StageCost(Protocol):
     """Times of one pipeline stage on one instance, in ns. `context` counts the token being written."""
 
-    skew_alpha: float
+    @property
+    def skew_alphas(self) -> Sequence[float]:
+        """By batch size, the last one beyond; empty: uneven lengths cost nothing."""
+        ...
 
     def iteration_ns(
         self, chunks: Sequence[tuple[int, int]], num_decodes: int, context: int, num_logits: int

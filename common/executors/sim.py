@@ -283,7 +283,7 @@ class SimExecutor:
             if left <= 0:
                 raise ContractError(f"request {request_id} decodes beyond its end")
             member = Member(entry, entry.computed - lane.iteration, lane.iteration + left)
-            lane.join(member, lane.costs[0].skew_alpha > 0)
+            lane.join(member, bool(lane.costs[0].skew_alphas))
         else:
             lane.targets.append(Target(entry))
 
@@ -401,7 +401,7 @@ class SimExecutor:
         count = min(lane.limit - lane.ran, lane.next_finish() - lane.iteration)
         num = lane.phase.num
         cost = lane.costs[0]
-        context = lane.effective_context(cost.skew_alpha)
+        context = lane.effective_context(cost.skew_alphas)
         prefix = lane.prefix.get(num)
         if prefix is None or len(prefix) <= context + count:
             prefix = lane.prefix[num] = cost.decode_prefix(num, context + count)
@@ -417,7 +417,7 @@ class SimExecutor:
             if target.computed + chunk == target.target and target.entry.sample:
                 logits += 1
         for index, cost in enumerate(lane.costs):
-            context = lane.effective_context(cost.skew_alpha) if num else 0
+            context = lane.effective_context(cost.skew_alphas) if num else 0
             if lane.spread:
                 duration = remote_extra_ns(self, lane, index, chunks, num, logits)
             else:
@@ -459,7 +459,7 @@ class SimExecutor:
             return
         num = lane.phase.num
         prefix = lane.prefix[num]
-        context = lane.effective_context(lane.costs[0].skew_alpha)
+        context = lane.effective_context(lane.costs[0].skew_alphas)
         goal = self.state.now - lane.item_start + prefix[context]
         find = bisect_right if self._strict(lane) else bisect_left
         at = find(prefix, goal, context + 1, context + count)
@@ -587,7 +587,7 @@ class SimExecutor:
                 self._hand_over(request_id)
             lane.stop = True
         else:
-            lane.join(member, lane.costs[0].skew_alpha > 0)  # with nothing left it finishes at this boundary
+            lane.join(member, bool(lane.costs[0].skew_alphas))  # with nothing left it finishes at this boundary
 
     def _step_done(self, lane: SimLane) -> StepDone:
         """End the lane's step here: finish requests whose last token this was, answer the command."""
@@ -667,7 +667,7 @@ class SimExecutor:
         if lane.command_id is None or lane.item_iterations == 1 or lane.chunks or lane.feet[0].serving is not lane:
             return lane.iteration
         prefix = lane.prefix[lane.phase.num]
-        context = lane.effective_context(lane.costs[0].skew_alpha)
+        context = lane.effective_context(lane.costs[0].skew_alphas)
         goal = self.state.now - lane.item_start + prefix[context]
         find = bisect_right if self._strict(lane) else bisect_left
         done: int = find(prefix, goal, context + 1, context + lane.item_iterations) - 1 - context
@@ -736,7 +736,7 @@ class SimExecutor:
         done = self.completed(lane) - lane.iteration
         if done > 0:
             self._grow(lane, lane.phase.growth(lane.iteration, done))
-            prefix, context = lane.prefix[lane.phase.num], lane.effective_context(lane.costs[0].skew_alpha)
+            prefix, context = lane.prefix[lane.phase.num], lane.effective_context(lane.costs[0].skew_alphas)
             self._note_segment(lane, lane.item_start + prefix[context + done] - prefix[context], done)
             lane.iteration += done
             lane.ran += done

@@ -7,6 +7,7 @@ contexts and block growth follow from counts, so a leap of any length costs the 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from typing import Any
 
 from common.executors.cluster import StageCost
@@ -88,18 +89,22 @@ class SimLane:
         num = self.phase.num
         return (self.sum_offset + num * self.iteration) // num + 1 if num else 0
 
-    def effective_context(self, alpha: float) -> int:
-        """Mean context, moved towards the longest by `alpha`; it grows by exactly one an iteration."""
-        mean = self.mean_context()
-        if alpha == 0.0 or self.phase.num < 2:
+    def effective_context(self, alphas: Sequence[float]) -> int:
+        """Mean context, moved towards the longest by the batch size's alpha; it grows by exactly one an iteration."""
+        num = self.phase.num
+        if not num:
+            return 0
+        mean = (self.sum_offset + num * self.iteration) // num + 1
+        if not alphas or num < 2:
             return mean
-        contexts = self.contexts
+        contexts, members = self.contexts, self.members
         while True:
             negative, request_id = contexts[0]
-            member = self.members.get(request_id)
+            member = members.get(request_id)
             if member is not None and member.offset == -negative:
                 break
             heapq.heappop(contexts)
+        alpha = alphas[num] if num < len(alphas) else alphas[-1]
         return mean + int(alpha * (self.iteration + 1 - negative - mean))
 
     def next_finish(self) -> int:

@@ -96,7 +96,7 @@ def remote_extra_ns(executor: SimExecutor, lane: SimLane, index: int, chunks: Ch
     """Duration of one iteration at a stage of a lane with spread requests."""
     cost, stage = lane.costs[index], lane.stages[index]
     layers = stage.layers[1] - stage.layers[0]
-    context = lane.effective_context(cost.skew_alpha) if num else 0
+    context = lane.effective_context(cost.skew_alphas) if num else 0
     extra = remote_sum = 0
     away_sum = [0] * len(chunks)
     for low, high in _bands(lane, stage.layers):

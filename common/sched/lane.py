@@ -226,7 +226,7 @@ class LaneScheduler:
 
     def schedule(self, out: list[Command]) -> None:
         """At a boundary: preempt what no longer fits, admit what does, and run."""
-        removed, retained, hopeless = self._preempt()
+        removed, retained = self._preempt()
         added: list[Entry] = []
         blocked_by_budget = False
         if self.waiting and not removed:
@@ -235,8 +235,6 @@ class LaneScheduler:
             if removed:
                 out.append(RunStep(self._command_id(), self.lane, (), removed, retained))
                 self.busy = True
-            if hopeless is not None:
-                out.append(Abort(hopeless, f"output outgrew the KV cache of {self.num_blocks} blocks"))
             return
         limit = self._limit(bool(removed), blocked_by_budget)
         reclaim = self.index.evictable_blocks if self.index is not None else 0
@@ -255,13 +253,12 @@ class LaneScheduler:
         self._next_id += 1
         return self._next_id
 
-    def _preempt(self) -> tuple[tuple[int, ...], tuple[int, ...], int | None]:
-        """Take the last admitted out of the lane until the next iteration's new blocks are there. The third is a
-        request that was alone and still too long: no order of events could finish it."""
+    def _preempt(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Take the last admitted out of the lane until the next iteration's new blocks are there."""
         phase = self.phase
         if phase.num <= self.free or phase.next_growth(self.iteration) <= self.available():
-            return (), (), None
-        removed, retained, hopeless = [], [], None
+            return (), ()
+        removed, retained = [], []
         while self.running and phase.next_growth(self.iteration) > self.available():
             seq = self.running.popitem()[1]
             if seq.decoding:
@@ -275,15 +272,15 @@ class LaneScheduler:
             removed.append(seq.request_id)
             retained.append(self._give_back(seq, charged, max(stored, 0)))
             seq.decoding, seq.computed = False, 0
-            if self.running or self._blocks(seq.known) + self.watermark <= self.num_blocks:
-                self.waiting.appendleft(seq)
-                self.num_preemptions += 1
-            else:
-                hopeless = seq.request_id
-        return tuple(removed), tuple(retained), hopeless
+            self.waiting.appendleft(seq)
+            self.num_preemptions += 1
+        return tuple(removed), tuple(retained)
 
     def _admit(self, added: list[Entry], out: list[Command]) -> bool:
-        """Admit from the head of the queue; True if the token budget stopped it."""
+        """Admit from the head of the queue; True if the token budget stopped it.
+
+        Whoever would not fit if it were alone has outgrown the instance: no order of events could finish it.
+        """
         config, waiting = self.config, self.waiting
         growth = self.phase.next_growth(self.iteration) + self.watermark
         while waiting and len(self.running) < config.max_num_seqs:
@@ -291,9 +288,12 @@ class LaneScheduler:
             if not room_for(config.rule, config.max_num_batched_tokens, self.phase.num, self.targets, seq.known):
                 return True
             entry = self._try(seq, growth, out)
-            if entry is None:
+            if entry is None and self.running:
                 return False
             waiting.popleft()
+            if entry is None:
+                out.append(Abort(seq.request_id, f"output outgrew the KV cache of {self.num_blocks} blocks"))
+                continue
             added.append(entry)
             self.running[seq.request_id] = seq
         return False

@@ -3,7 +3,6 @@ determinism law also runs on interpreters that lack it."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -14,14 +13,8 @@ from common.types import InstanceUp, Progress, RequestArrived, Rule, Stage, Step
 from systems.baselines.vllm import VllmPolicy
 from tests.fakes import FakeCost, FakeWorkload, cluster
 
-NIGHTLY = bool(os.environ.get("KVPLANE_NIGHTLY"))
 GRID = 10_000  # ns: arrivals, think times, losses and (with `GridCost`) boundaries all lie on it
 LAYERS = 4
-
-
-def examples(num: int) -> int:
-    """Hypothesis examples: ten times as many by night."""
-    return num * 10 if NIGHTLY else num
 
 
 class GridCost(FakeCost):
@@ -142,6 +135,7 @@ class Outcome:
         poll, submit = self.executor.poll, self.executor.submit
         while (item := poll()) is not None:
             now, event = item
+            assert len(self.trace) < 100_000, "events without end"
             commands = policy.on_event(now, event)
             self.trace.append((now, event, commands))
             for command in commands:

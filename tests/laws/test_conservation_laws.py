@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.sched.compose import room_for
@@ -19,10 +19,10 @@ from common.types import (
     StepDone,
 )
 from systems.baselines.vllm import VllmPolicy
-from tests.laws.lawlib import LAYERS, Outcome, Request, Scenario, examples
-from tests.laws.strategies import scenarios
+from tests.laws.lawlib import LAYERS, Outcome, Request, Scenario
+from tests.laws.strategies import law, scenarios
 
-CHECKED = settings(max_examples=examples(150), deadline=None, derandomize=True)
+CHECKED = law(150)
 
 
 class Checker:
@@ -230,7 +230,7 @@ def test_the_draws_reach_what_the_laws_are_about():
     """Preemption, refusal, give-up, cache hits, resumption with hits, losses in mid-step: none is vacuous."""
     seen = {}
 
-    @settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    @law(200)
     @given(scenarios())
     def collect(scenario):
         outcome = scenario.run()
@@ -256,7 +256,7 @@ def test_the_draws_reach_what_the_laws_are_about():
             seen[name] = seen.get(name, 0) + bool(value)
 
     collect()
-    print(seen)
+
     rare = {name: count for name, count in seen.items() if count < 4}
     assert not rare, f"of 200 draws too few show: {rare} (all: {seen})"
 

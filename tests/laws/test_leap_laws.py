@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 
-from tests.laws.lawlib import Scenario, examples
-from tests.laws.strategies import scenarios, shared_scenarios
+from tests.laws.lawlib import Scenario
+from tests.laws.strategies import law, scenarios, shared_scenarios
 
 
 def same_for_all_leaps(scenario: Scenario) -> None:
@@ -14,13 +14,13 @@ def same_for_all_leaps(scenario: Scenario) -> None:
     assert scenario.run(7).times() == far
 
 
-@settings(max_examples=examples(300), deadline=None, derandomize=True)
+@law(300)
 @given(scenarios())
 def test_leaps_of_any_size_give_the_same_times(scenario):
     same_for_all_leaps(scenario)
 
 
-@settings(max_examples=examples(150), deadline=None, derandomize=True)
+@law(150)
 @given(shared_scenarios())
 def test_lanes_that_share_an_instance_take_turns_at_any_leap(scenario):
     same_for_all_leaps(scenario)

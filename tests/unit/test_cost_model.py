@@ -121,9 +121,11 @@ def test_graphs_pad() -> None:
     assert cost().decode_ns(33, 0) - cost().decode_ns(34, 0) < 10_000  # one graph, a row more of attention and head
 
 
-def test_skew_alpha_is_one_rule() -> None:
-    assert cost().skew_alpha == load_grid("rtx4090").meta["skew_alpha"]
-    assert 0.0 < cost(card="rtxpro6000").skew_alpha < 0.1
+def test_skew_is_what_the_profile_says_and_else_nothing() -> None:
+    assert cost(card="rtx4090").skew_alphas == () == cost(card="a100-80g").skew_alphas
+    known = load_grid("rtxpro6000").meta["skew"]
+    assert cost(card="rtxpro6000").skew_alphas == (known["1"],)
+    assert 0.05 < known["1"] < known["2"] < 0.07
 
 
 def test_remote_attention() -> None:
