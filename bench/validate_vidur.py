@@ -22,6 +22,9 @@ CASES = {
     "fixed1024x128_2k_q2": "vidur/fixed1024x128_2k_q2.csv",
 }
 SCHEDULERS = {"sarathi": ("sarathi", 512), "vllm": ("prefill_first_legacy", 4096)}
+ITERATIONS: tuple[tuple[tuple[tuple[int, int], ...], int, int], ...] = (
+    ((), 9, 1200), ((), 64, 1200), (((512, 0),), 9, 1200), (((503, 512),), 9, 1200), (((2048, 0),), 0, 0),
+)  # fmt: skip
 KV_BLOCKS = 3328  # per replica, from Vidur's own memory planner
 
 
@@ -51,6 +54,37 @@ def reference(folder: Path) -> Latencies:
     return Latencies(1e3 * ttft, 1e3 * tpot, 1e3 * e2e)
 
 
+def decomposition() -> list[dict[str, Any]]:
+    """Where the two cost models differ: milliseconds by family for typical iterations of these runs (TP2)."""
+    from common.config import compose
+    from common.cost.engine import engine_traits
+    from common.cost.model import InstanceCost
+    from common.cost.vidur_tables import LAUNCH_MS, VidurTables
+
+    config = compose(["model=llama2-70b", "hardware=a100-80g", "cluster.tp=2"])
+    ours = InstanceCost(config.model, config.hardware, 2, engine=engine_traits("device-only"))
+    theirs = VidurTables(data_root() / "vidur" / "predictions_llama2-70b_tp2_a100")
+    layers, width = config.model.num_layers, config.model.hidden_size * config.model.dtype_bytes
+    rows = []
+    for chunks, decodes, context in ITERATIONS:
+        tokens = decodes + sum(new for new, _ in chunks)
+        total = ours.iteration_ns(chunks, decodes, context, decodes + len(chunks)) / 1e6
+        attention = ours.attention_ns(chunks, decodes, context) / 1e6
+        reduce = 2 * layers * float(ours.operators.all_reduce(2, np.array([float(tokens * width)]))[0]) / 1e6
+        total_v = theirs.iteration_ns(chunks, decodes, context, decodes) / 1e6
+        attention_v = layers * theirs.attention_ms(chunks, decodes, context)
+        reduce_v = 2 * layers * (theirs.all_reduce_ms(tokens) + LAUNCH_MS)
+        name = " + ".join([*(f"{new} tokens behind {old}" for new, old in chunks),
+                           *([f"{decodes} decodes at {context}"] if decodes else [])])  # fmt: skip
+        rows.append({
+            "iteration": name, "ours (ms)": total, "Vidur (ms)": total_v, "difference": total / total_v - 1,
+            "linear and rest, ours": total - attention - reduce, "linear and rest, Vidur": total_v - attention_v - reduce_v,
+            "attention, ours": attention, "attention, Vidur": attention_v,
+            "all-reduce, ours": reduce, "all-reduce, Vidur": reduce_v,
+        })  # fmt: skip
+    return rows
+
+
 def main() -> int:
     """Print and write the comparison."""
     tables: dict[str, list[dict[str, Any]]] = {}
@@ -66,10 +100,15 @@ def main() -> int:
         _, record = run(overrides(str(root / CASES["conv2k_q2"]), "sarathi", 512, "vidur", dispatch))
         found = latencies(record)
         rows.append({"dispatch": dispatch, **{f"{s}_{m}_ms": statistic(getattr(found, m), s)
-                                              for m in ("ttft", "tpot", "e2e") for s in ("p50", "p99")}})  # fmt: skip
+                                              for m in ("ttft", "tpot", "e2e") for s in ("mean", "p50", "p99")}})  # fmt: skip
     tables["dispatch on conv2k_q2 (sarathi, Vidur's tables)"] = rows
+    tables["where our cost model differs"] = decomposition()
     notes = ["Simulated. Reference: per-request results of the Vidur simulator on the same 2,000-request traces "
-             "(Llama-2-70B, TP2, 4 replicas, A100, 3,328 blocks of 16)."]  # fmt: skip
+             "(Llama-2-70B, TP2, 4 replicas, A100, 3,328 blocks of 16).",
+             "With our cost model the runs are 15-26% faster than Vidur's, more than the 15% aimed at. The last table says "
+             "where: GEMMs of 500-2,000 tokens ran at 60% of the peak in Vidur's profiles and at 75% in those of vLLM "
+             "0.14, prefill attention was 2-2.5 times slower, and an all-reduce of a decode batch took ten times as long "
+             "(NCCL with host launch against vLLM's custom kernel)."]  # fmt: skip
     write_report("vidur", "Against Vidur", notes, tables)
     return 0
 

@@ -23,7 +23,6 @@ from common.cost.roofline import LAUNCH_NS, Roof
 from common.cost.sources import SOURCES, Source
 from common.cost.table import Table
 from common.cost.tables import read_tables
-from common.cost.tables_vllm import read_skew
 from common.errors import ConfigError, KVPlaneError
 
 HEAD_DIM = 128

@@ -14,7 +14,6 @@ import numpy as np
 from common.cost.attention import AttentionCost
 from common.cost.curves import DecodeRow
 from common.cost.engine import EngineTraits
-from common.cost.grids import load_grid
 from common.cost.memory import check_tp, shard_kv_heads
 from common.cost.operators import Operators
 from common.cost.shapes import element_widths, linear_shapes

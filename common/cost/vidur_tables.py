@@ -43,7 +43,7 @@ class VidurTables:
         self.folder = Path(folder)
         self.num_layers = num_layers
         per_token = {name: self._single(name) for name in PER_TOKEN}
-        reduce = self._single("all_reduce")
+        self._reduce = reduce = self._single("all_reduce")
         self._dense = {
             tokens: sum(table[tokens] for table in per_token.values()) + 2 * (ms + LAUNCH_MS)
             for tokens, ms in reduce.items()
@@ -88,6 +88,14 @@ class VidurTables:
         known = self._ms(self._prefill, (kv, length * length), "prefill attention")
         return known * (1 + BATCHING_OVERHEAD * (len(chunks) > 1))
 
+    def attention_ms(self, chunks: Sequence[tuple[int, int]], num_decodes: int, context: int) -> float:
+        """Attention of one layer."""
+        return self._prefill_ms(chunks) + self._decode_ms(num_decodes, context)
+
+    def all_reduce_ms(self, tokens: int) -> float:
+        """One all-reduce, without its launch."""
+        return self._reduce[TOKEN_STEP * math.ceil(tokens / TOKEN_STEP)]
+
     def iteration_ns(self, chunks: Sequence[tuple[int, int]], num_decodes: int, context: int, num_logits: int) -> int:
         """One mixed forward pass; `num_logits` costs nothing here."""
         tokens = num_decodes + sum(new for new, _ in chunks)
@@ -96,7 +104,7 @@ class VidurTables:
         rounded = TOKEN_STEP * math.ceil(tokens / TOKEN_STEP)
         if rounded not in self._dense:
             raise ConfigError(f"{self.folder}: no prediction for a batch of {rounded} tokens")
-        attention = self._prefill_ms(chunks) + self._decode_ms(num_decodes, context)
+        attention = self.attention_ms(chunks, num_decodes, context)
         return round(1e6 * self.num_layers * (self._dense[rounded] + attention))
 
     def decode_ns(self, batch: int, context: int) -> int:
