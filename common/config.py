@@ -112,7 +112,7 @@ def from_composed(composed: Any) -> RunConfig:
     from omegaconf import OmegaConf
 
     choices = dict(composed.hydra.runtime.choices)
-    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    own = OmegaConf.masked_copy(composed, [key for key in composed if key not in ("hydra", "description")])
     tree = OmegaConf.to_container(own, resolve=True)
     assert isinstance(tree, dict)
     return build(tree, {group: choices.get(group) for group in GROUPS})  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
     return RunConfig(
         system=system.pop("name"),
         system_options=system,
-        workload_name=choices.get("workload") or str(tree["workload"]["kind"]),
+        workload_name=_workload_name(tree["workload"], choices.get("workload")),
         workload=load_workload(tree["workload"]),
         model=spec,
         hardware=load_hardware(_without(tree["hardware"], "description")),
@@ -166,6 +166,13 @@ def available(group: str) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------- checks
+
+
+def _workload_name(tree: Mapping[str, Any], chosen: str | None) -> str:
+    """The chosen config's name; for a trace, the file's."""
+    if tree["kind"] == "file" and tree.get("path"):
+        return Path(str(tree["path"])).stem
+    return chosen or str(tree["kind"])
 
 
 def _check_keys(tree: Mapping[str, Any]) -> None:

@@ -34,9 +34,11 @@ def drive(
             if now_ns >= next_sample:
                 for gauge in policy.gauges():
                     record.timeline.sample(now_ns, gauge)
+                record.segments.flush()
                 next_sample = now_ns - now_ns % sample_ns + sample_ns
                 if progress is not None:
                     progress(now_ns)
     finally:
+        record.segments.flush()
         record.num_events += num_events
         record.num_commands += num_commands

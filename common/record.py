@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from struct import Struct
+
+import numpy as np
 
 from common.policy import Gauge
 
@@ -36,11 +39,15 @@ class RequestColumns:
         return cls(never[:], never[:], never[:], zero[:], zero[:], zero[:], zero[:], zero[:], zero[:], never[:])
 
 
+pack_segment = Struct("7q").pack
+
+
 @dataclass(slots=True)
 class SegmentColumns:
     """Runs of equal iterations of a lane: `iterations` of them from start to end, each giving one token to each of
     `decodes` requests and computing `prefill_tokens` (all iterations together). The source of ITL and of busy time."""
 
+    packed: bytearray = field(default_factory=bytearray)  # rows not yet in the columns, by `pack_segment`
     start_ns: array[int] = field(default_factory=_column)
     end_ns: array[int] = field(default_factory=_column)
     lane: array[int] = field(default_factory=_column)
@@ -48,6 +55,16 @@ class SegmentColumns:
     iterations: array[int] = field(default_factory=_column)
     decodes: array[int] = field(default_factory=_column)
     prefill_tokens: array[int] = field(default_factory=_column)
+
+    def flush(self) -> None:
+        """Move `packed` rows (one append each, which is faster) into the columns; the driver does so now and then."""
+        if self.packed:
+            columns = (self.start_ns, self.end_ns, self.lane, self.instance, self.iterations, self.decodes,
+                       self.prefill_tokens)  # fmt: skip
+            rows = np.frombuffer(bytes(self.packed), dtype=np.int64).reshape(-1, len(columns))
+            for index, column in enumerate(columns):
+                column.frombytes(rows[:, index].tobytes())
+            self.packed.clear()
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ An executor answers every command that takes time by exactly one event with a `S
 (`Interrupt`, `FreeSpan`, `Send`, `Watch`, `Abort`) are not answered. Command ids are unique within a policy.
 
 A request's KV is a plane, layers x tokens. A `Span` is a rectangle of it on one instance and tier; a `Placement`
-tiles the plane. `token_end is None` marks the open span: new KV is appended there.
+tiles the plane. `token_end is None` marks the open span; new KV goes to the span that its position falls in.
 """
 
 from __future__ import annotations
@@ -99,8 +99,9 @@ class RunStep(NamedTuple):
 
     `remove` frees the KV of those requests (a preemption), except that `retain` blocks of each (in the same order; ()
     means none) stay as cached blocks named by content; `park` leaves it held under the request's name. `place`
-    replaces placements of requests in the lane at this boundary. `stages` is needed once, and again to change the
-    route. `reclaim`: cached blocks that the growth of this step may take over, in the policy's order of eviction.
+    replaces placements of requests in the lane at this boundary: what the stages' instances hold and no longer own is
+    freed, elsewhere it stays held. `stages` is needed once, and again to change the route. `reclaim`: cached blocks that
+    the growth of this step may take over, in the policy's order of eviction.
     """
 
     command_id: int
@@ -126,9 +127,13 @@ class Interrupt(NamedTuple):
 class CopySpan(NamedTuple):
     """Copy tokens [start, end) x layers of a request's KV from one instance to another.
 
-    The destination reserves at submission; the source stays readable. `after` is a RunStep: the copy starts when
-    that step is done, or with `by_layer` follows its layers while the step runs. `pace`: at most that many tokens
-    per iteration of the source's lane. Answer: `CopyDone`. Refused for want of room: FAILED, no trace.
+    The source is a lane, parked KV, or cached blocks that the request's content names; it stays readable, and the
+    policy frees it after the answer. The destination reserves at submission and holds the KV under the request's name,
+    unreadable until the answer. `after` is a RunStep submitted before: the copy starts when that step is done, or with
+    `by_layer` follows the request's prefill in that step's lane, layer by layer, until its target is reached. `pace`:
+    at most that many tokens per iteration of the source's lane. `piece_bytes`: after each piece the link looks whether
+    activations or queries wait. Answer: `CopyDone`. FAILED, without a trace: no room, an instance is down or died, or
+    the KV awaited from `after` was not made. CANCELLED: the request ended, or source or destination was freed.
     """
 
     command_id: int
@@ -148,7 +153,11 @@ class CopySpan(NamedTuple):
 
 
 class SwapSpan(NamedTuple):
-    """Move a parked span between HBM and host DRAM of one instance (out: HBM to DRAM). Answer: `SwapDone`."""
+    """Move a parked span between HBM and host DRAM of one instance (out: HBM to DRAM). Answer: `SwapDone`.
+
+    With `content` it moves the cached blocks that hold these tokens of it (`request_id` then is only for the record).
+    Both tiers are booked until the answer; nothing joins with a span on its way. FAILED: no room at the goal.
+    """
 
     command_id: int
     request_id: int
@@ -160,9 +169,10 @@ class SwapSpan(NamedTuple):
 
 
 class FreeSpan(NamedTuple):
-    """Free parked KV of a request on an instance, except that `retain` blocks of it become cached blocks named by
-    the request's content. `cached` blocks (a count) of the content cache are evicted instead when
-    `request_id` is None. Takes effect at the next boundary of lanes that read the span."""
+    """Free KV of a request held outside lanes on an instance, except that `retain` blocks of it become cached blocks
+    named by the request's content. `cached_blocks` (a count) of the content cache are evicted instead when
+    `request_id` is None. A copy or swap whose source or destination it touches is cancelled. What a lane's placement
+    names cannot be freed: switch with `RunStep.place` first. Nothing on a dead instance is left to free."""
 
     instance: int
     request_id: int | None
@@ -175,7 +185,8 @@ class FreeSpan(NamedTuple):
 
 
 class ShrinkKV(NamedTuple):
-    """Compact the tail of the KV range until it holds at most `num_cells`. Answer: `ShrinkDone` (FAILED: too full)."""
+    """Compact the tail of the KV range until it holds at most `num_cells`; a larger number gives back pages that an
+    earlier one freed and no load has taken. Answer: `ShrinkDone` (FAILED: too full)."""
 
     command_id: int
     instance: int
@@ -183,7 +194,8 @@ class ShrinkKV(NamedTuple):
 
 
 class DropLayers(NamedTuple):
-    """Give the pages of these layers' parameters to the KV range, in place. Answer: `LayersDropped`."""
+    """Give the pages of these layers' parameters to the KV range, in place. No lane with a stage on them may hold
+    requests, and such lanes need a new route after. Answer: `LayersDropped`."""
 
     command_id: int
     instance: int
@@ -191,7 +203,8 @@ class DropLayers(NamedTuple):
 
 
 class LoadLayers(NamedTuple):
-    """Bring parameters back, from a peer instance (`source`) or, with None, from host memory. `LayersLoaded`."""
+    """Bring parameters back, from a peer instance (`source`) or, with None, from host memory. The pages must be free:
+    `ShrinkKV` first. Answer: `LayersLoaded` (FAILED: pages in use, or an instance is down, died or lacks them)."""
 
     command_id: int
     instance: int
@@ -209,7 +222,8 @@ class StartInstance(NamedTuple):
 
 
 class StopInstance(NamedTuple):
-    """Stop an empty instance. Answer: `InstanceDown`."""
+    """Stop an instance that holds no KV but cached blocks, or one that is starting (whose start is then answered
+    CANCELLED). Answer: `InstanceDown`."""
 
     command_id: int
     instance: int
@@ -224,7 +238,7 @@ class SetTimer(NamedTuple):
 
 
 class Watch(NamedTuple):
-    """Ask for `Progress` of an instance every `period_ns`; 0 ends it."""
+    """Ask for `Progress` of an instance every `period_ns`; 0 ends it. One watch per instance and agent."""
 
     instance: int
     period_ns: int

@@ -25,7 +25,7 @@ from common.executors.simmoves import Moves
 from common.executors.simremote import remote_extra_ns
 from common.executors.simstate import ARRIVAL, DONE, MESSAGE, TIMER, UP, SimState
 from common.executors.source import NEVER, Client, WorkloadLike
-from common.record import RunRecord
+from common.record import RunRecord, pack_segment
 from common.sched.compose import next_iteration
 from common.types import (
     Abort,
@@ -94,6 +94,7 @@ class SimExecutor:
         self._output = [int(value) for value in workload.output_tokens]
         self._prompt = [int(value) for value in workload.prompt_tokens]
         self._generated = record.requests.output_tokens
+        self._segments = record.segments.packed
         self._behind: dict[int, tuple[SimLane, Entry]] = {}  # entries whose first tokens a lane in front computes
         self._costs: dict[tuple[int, bool, bool], StageCost] = {}
         self._submit: dict[type, Any] = {
@@ -520,7 +521,8 @@ class SimExecutor:
         num = phase.num
         self._note_segment(lane, now, count)
         if lane.runs_decodes and num:
-            grown = phase.growth(lane.iteration, count)
+            settled, lane.settled = lane.settled, 0
+            grown = phase.growth(lane.iteration + settled, count - settled)
             if lane.spread:
                 self._grow(lane, grown, self.control.grow_spread(lane))
             elif grown:
@@ -537,18 +539,21 @@ class SimExecutor:
         return None
 
     def _note_segment(self, lane: SimLane, now: int, count: int) -> None:
-        segments = self.record.segments
-        segments.start_ns.append(lane.item_start if lane.simple else now - sum(lane.durations))
-        segments.end_ns.append(now)
-        segments.lane.append(lane.id)
-        segments.instance.append(lane.stages[0].instance)
-        segments.iterations.append(count)
-        segments.decodes.append(lane.phase.num if lane.runs_decodes else 0)
-        segments.prefill_tokens.append(sum(lane.chunks))
+        start = lane.item_start if lane.simple else now - sum(lane.durations)
+        decodes = lane.phase.num if lane.runs_decodes else 0
+        tokens = sum(lane.chunks) if lane.chunks else 0
+        self._segments += pack_segment(start, now, lane.id, lane.stages[0].instance, count, decodes, tokens)
 
     def _grow(self, lane: SimLane, blocks: int, elsewhere: Sequence[int] = ()) -> None:
         """Charge new blocks at every stage but for cells that grew `elsewhere`, taking over cached ones where the
         step allows it."""
+        if lane.simple and not elsewhere:
+            stage = lane.stages[0]
+            memory = self.state.memory[stage.instance]
+            used = memory.used + blocks * (stage.layers[1] - stage.layers[0])
+            if used <= memory.capacity:
+                memory.used = used
+                return
         for index, stage in enumerate(lane.stages):
             layers = stage.layers[1] - stage.layers[0]
             memory = self.state.memory[stage.instance]
@@ -687,6 +692,15 @@ class SimExecutor:
         if serving is not None:
             self._cut(serving)
 
+    def settle(self, instance: int) -> None:
+        """Charge what a running leap has grown by so far: its blocks are needed before those of anything new."""
+        lane = self.instances[instance].serving
+        if lane is not None and lane.item_iterations > 1:
+            done = self.completed(lane) - lane.iteration
+            if done > lane.settled:
+                self._grow(lane, lane.phase.growth(lane.iteration + lane.settled, done - lane.settled))
+                lane.settled = done
+
     def boundary_ns(self, instance: int) -> int:
         """When the iteration that an instance is in ends; now, if it is in none. A leap is cut there."""
         lane = self.instances[instance].serving
@@ -735,7 +749,8 @@ class SimExecutor:
         lane.due = -1
         done = self.completed(lane) - lane.iteration
         if done > 0:
-            self._grow(lane, lane.phase.growth(lane.iteration, done))
+            self._grow(lane, lane.phase.growth(lane.iteration + lane.settled, done - lane.settled))
+            lane.settled = 0
             prefix, context = lane.prefix[lane.phase.num], lane.effective_context(lane.costs[0].skew_alphas)
             self._note_segment(lane, lane.item_start + prefix[context + done] - prefix[context], done)
             lane.iteration += done

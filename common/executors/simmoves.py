@@ -81,6 +81,7 @@ class Moves:
             raise ContractError(f"copy {command.command_id}: nothing to copy in {command.tokens} x {command.layers}")
         held = Held(command.dst, command.dst_tier, command.layers, start, end, ready=False)
         lane = self._running(command.after) if command.after is not None else None
+        self.executor.settle(command.dst)
         if not (state.up[command.src] and state.up[command.dst] and state.fits(request_id, held)):
             state.ready.append(CopyDone(command.command_id, Status.FAILED, 0))
             return
@@ -300,6 +301,7 @@ class Moves:
         if not state.up[command.instance]:
             state.ready.append(SwapDone(command.command_id, Status.FAILED, 0))
             return
+        self.executor.settle(command.instance)
         booked = self._book_cached(command) if command.content is not None else self._book_held(command)
         if booked is None:
             state.ready.append(SwapDone(command.command_id, Status.FAILED, 0))

@@ -108,6 +108,7 @@ class Params:
     def _shrink(self, command: ShrinkKV) -> None:
         state = self.state
         memory = state.memory[command.instance]
+        self.executor.settle(command.instance)
         if not state.up[command.instance] or memory.used > command.num_cells:
             state.ready.append(ShrinkDone(command.command_id, Status.FAILED))
             return

@@ -29,7 +29,7 @@ from common.types import (
     StepDone,
 )
 
-UNLIMITED = 1 << 40
+PLENTY = 1024  # iterations
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +226,11 @@ class LaneScheduler:
 
     def schedule(self, out: list[Command]) -> None:
         """At a boundary: preempt what no longer fits, admit what does, and run."""
-        removed, retained = self._preempt()
+        phase = self.phase
+        removed: tuple[int, ...] = ()
+        retained: tuple[int, ...] = ()
+        if phase.num > self.free and phase.next_growth(self.iteration) > self.available():
+            removed, retained = self._preempt()
         added: list[Entry] = []
         blocked_by_budget = False
         if self.waiting and not removed:
@@ -239,8 +243,9 @@ class LaneScheduler:
         limit = self._limit(bool(removed), blocked_by_budget)
         reclaim = self.index.evictable_blocks if self.index is not None else 0
         if self._started:
-            step = RunStep(self._command_id(), self.lane, tuple(added), removed, retained,
-                           max_iterations=limit, reclaim=reclaim)  # fmt: skip
+            self._next_id += 1
+            step = RunStep(self._next_id, self.lane, tuple(added), removed, retained, (), (), None, None, None,
+                           limit, reclaim)  # fmt: skip
         else:
             self._started = True
             config = self.config
@@ -256,8 +261,6 @@ class LaneScheduler:
     def _preempt(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Take the last admitted out of the lane until the next iteration's new blocks are there."""
         phase = self.phase
-        if phase.num <= self.free or phase.next_growth(self.iteration) <= self.available():
-            return (), ()
         removed, retained = [], []
         while self.running and phase.next_growth(self.iteration) > self.available():
             seq = self.running.popitem()[1]
@@ -334,7 +337,11 @@ class LaneScheduler:
         if preempted and self.waiting:
             return 1
         available = self.available()
-        if targets:
+        # Where memory is plentiful a bound from below does: the step may end early, and is then only resubmitted.
+        limit = available // (phase.num + len(targets)) * config.block_size
+        if limit >= PLENTY:
+            pass
+        elif targets:
             for seq in targets:  # as if they decoded already: never too late
                 phase.add(seq.target - self.iteration)
             limit = phase.iterations_within(self.iteration, available)

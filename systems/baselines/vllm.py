@@ -63,11 +63,11 @@ class VllmPolicy:
 
     def gauges(self) -> Iterable[Gauge]:
         """One row per instance."""
-        params = {info.instance: info.num_layers * info.layer_param_bytes for info in self.cluster.instances}
+        infos = self.cluster.instances
         for instance, lane in self.lanes.items():
             cached = lane.index.evictable_blocks if lane.index is not None else 0
             yield Gauge(instance, len(lane.running), len(lane.waiting), lane.used_blocks(), lane.num_blocks, cached,
-                        param_bytes=params[instance])  # fmt: skip
+                        param_bytes=infos[instance].num_layers * infos[instance].layer_param_bytes)  # fmt: skip
 
     # ------------------------------------------------------------ routing
 

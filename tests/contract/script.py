@@ -22,6 +22,7 @@ from common.types import (
     Interrupt,
     Mark,
     MessageArrived,
+    Placement,
     Progress,
     RequestArrived,
     RunStep,
@@ -56,6 +57,7 @@ class Book:
         self.iteration = 0
         self.step: int | None = None
         self.stages: tuple[Stage, ...] = ()
+        self.placements: dict[int, Placement] = {}
         self.stopping = False
         self.todo: dict[str, Any] = {}
         self.flushes = 0
@@ -141,10 +143,11 @@ class Script:
         book = self.books.setdefault(lane, Book())
         goal = book.flushes + 1
         for key, value in what.items():
-            if key != "stages":
-                book.todo[key] = book.todo.get(key, ()) + value
-            elif value != book.stages:
-                book.todo[key] = book.stages = value
+            if key == "stages":
+                if value != book.stages:
+                    book.todo[key] = book.stages = value
+            else:
+                book.todo[key] = book.todo.get(key, ()) + value if isinstance(value, tuple) else value
         if book.step is None:
             self._flush(lane)
         elif not book.stopping:
@@ -253,12 +256,15 @@ class Script:
             self.happened.add(("finished", request_id))
         if event.status is not Status.OK:
             for request_id in [*book.members, *book.targets]:
-                self._out_of(book, request_id)
-                self.happened.add(("lost", request_id))
-        elif book.todo or book.members or book.targets:
+                where = (*book.stages, *book.placements.get(request_id, ()))
+                if any(("gone", part.instance) in self.happened for part in where):
+                    self._out_of(book, request_id)
+                    self.happened.add(("lost", request_id))
+        if book.todo or book.members or book.targets:
             self._flush(event.lane)
 
     def _out_of(self, book: Book, request_id: int) -> None:
+        book.placements.pop(request_id, None)
         if request_id in book.members:
             self.tokens[request_id] = book.members.pop(request_id) + book.iteration
             self.known[request_id] = self.tokens[request_id] + 1
@@ -270,7 +276,9 @@ class Script:
         todo, book.todo = book.todo, {}
         for request_id in (*todo.get("remove", ()), *todo.get("park", ())):
             self._out_of(book, request_id)
+        book.placements.update(todo.get("place", ()))
         for entry in todo.get("add", ()):
+            book.placements[entry.request_id] = entry.placement or ()
             self.happened.discard(("reached", entry.request_id))
             if entry.decode:
                 book.members[entry.request_id] = entry.computed - book.iteration

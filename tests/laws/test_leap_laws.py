@@ -33,7 +33,7 @@ def test_lanes_that_share_an_instance_take_turns_at_any_leap(scenario):
 def decisions(outcome):
     """What a policy decided, and when: everything but steps that merely go on."""
     found = {}
-    for now, event, commands in outcome.trace:
+    for now, _, commands in outcome.trace:
         for command in commands:
             if isinstance(command, RunStep):
                 if not (command.add or command.remove or command.park or command.place):
@@ -75,7 +75,7 @@ def test_doubled_replies_cost_no_more_events():
     scenario = Scenario(requests, 2, 100_000, 16, max_num_seqs=256, budget=2048)
     once, twice = scenario.run(), doubled(scenario).run()
     assert len(twice.trace) <= 1.1 * len(once.trace)  # more arrivals interrupt somebody, none does so twice
-    assert twice.record.num_iterations > 1.5 * once.record.num_iterations
+    assert len(twice.trace) < 4 * 400 < sum(twice.record.requests.output_tokens) / 15
 
 
 def test_an_arrival_at_a_boundary_waits_for_the_next_one():
