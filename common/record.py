@@ -6,8 +6,6 @@ from array import array
 from dataclasses import dataclass, field
 from struct import Struct
 
-import numpy as np
-
 from common.policy import Gauge
 
 
@@ -61,9 +59,9 @@ class SegmentColumns:
         if self.packed:
             columns = (self.start_ns, self.end_ns, self.lane, self.instance, self.iterations, self.decodes,
                        self.prefill_tokens)  # fmt: skip
-            rows = np.frombuffer(bytes(self.packed), dtype=np.int64).reshape(-1, len(columns))
+            rows = array("q", bytes(self.packed))
             for index, column in enumerate(columns):
-                column.frombytes(rows[:, index].tobytes())
+                column.extend(rows[index :: len(columns)])
             self.packed.clear()
 
 

@@ -100,8 +100,8 @@ class RunStep(NamedTuple):
     `remove` frees the KV of those requests (a preemption), except that `retain` blocks of each (in the same order; ()
     means none) stay as cached blocks named by content; `park` leaves it held under the request's name. `place`
     replaces placements of requests in the lane at this boundary: what the stages' instances hold and no longer own is
-    freed, elsewhere it stays held. `stages` is needed once, and again to change the route. `reclaim`: cached blocks that
-    the growth of this step may take over, in the policy's order of eviction.
+    freed, elsewhere it stays held. `stages` is needed once, and again to change the route. `reclaim`: cached blocks
+    that the growth of this step may take over, in the policy's order of eviction.
     """
 
     command_id: int

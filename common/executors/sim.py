@@ -647,12 +647,20 @@ class SimExecutor:
         requests = self.record.requests
         if requests.status[request_id] != LIVE:
             raise ContractError(f"request {request_id} aborted but not live")
+        if requests.instance[request_id] >= 0 and self._lane_of(request_id) is not None:
+            raise ContractError(f"request {request_id} aborted but in a lane: remove it first")
         requests.status[request_id] = REJECTED
         requests.reasons[request_id] = command.reason
         self.moves.cancel(request_id)
         self.state.free_all(request_id)
         self.live -= 1
         self.client.ended(self.state.now, request_id)
+
+    def _lane_of(self, request_id: int) -> SimLane | None:
+        for lane in self.lanes.values():
+            if request_id in lane.members or any(t.entry.request_id == request_id for t in lane.targets):
+                return lane
+        return None
 
     def _mark(self, command: Mark) -> None:
         self.record.marks.append((self.state.now, command.instance, command.kind, command.text))

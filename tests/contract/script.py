@@ -274,6 +274,9 @@ class Script:
     def _flush(self, lane: int) -> None:
         book = self.books[lane]
         todo, book.todo = book.todo, {}
+        for kind in ("remove", "park"):  # some may have finished on the way to this boundary
+            if kind in todo:
+                todo[kind] = tuple(one for one in todo[kind] if one in book.members or one in book.targets)
         for request_id in (*todo.get("remove", ()), *todo.get("park", ())):
             self._out_of(book, request_id)
         book.placements.update(todo.get("place", ()))

@@ -142,6 +142,7 @@ class Outcome:
                 submit(command)
             if after is not None:
                 after(now, event)
+        self.record.segments.flush()
 
     def times(self) -> dict[str, object]:
         """What the leap law says is the same for leaps of any size."""
