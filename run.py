@@ -17,7 +17,7 @@ from common.errors import ConfigError, KVPlaneError
 
 if TYPE_CHECKING:
     from common.config import RunConfig
-    from common.policy import Executor, Policy
+    from common.policy import Executor
     from common.record import RunRecord
 
 USAGE = """python run.py [key=value …]      one run; results in results/runs/<run.name>/
@@ -37,8 +37,11 @@ class Outcome:
     manifest: dict[str, Any]
 
 
-def simulate(config: RunConfig, workload: Any) -> tuple[RunRecord, Policy]:
-    """Drive the configured policy over a simulated cluster. KeyboardInterrupt leaves a record marked partial."""
+def simulate(config: RunConfig, workload: Any) -> tuple[RunRecord, float]:
+    """Drive the configured policy over a simulated cluster; the record, and the seconds that it took.
+
+    KeyboardInterrupt leaves a record marked partial.
+    """
     from common.build import cluster_model
     from common.console import Progress
     from common.driver import drive
@@ -46,6 +49,7 @@ def simulate(config: RunConfig, workload: Any) -> tuple[RunRecord, Policy]:
     from common.record import RequestColumns, RunRecord
     from systems.registry import ORACLES, make_policy
 
+    begin = time.perf_counter()
     cluster = cluster_model(config)
     policy = make_policy(config.system, cluster.info(), config.engine, config.system_options)
     record = RunRecord(RequestColumns.empty(workload.num_requests))
@@ -66,7 +70,7 @@ def simulate(config: RunConfig, workload: Any) -> tuple[RunRecord, Policy]:
     finally:
         if was_enabled:
             gc.enable()
-    return record, policy
+    return record, time.perf_counter() - begin
 
 
 def _sample_ns(config: RunConfig, workload: Any) -> int:
@@ -130,9 +134,7 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
     if not workload.num_requests:
         raise ConfigError(f"workload={config.workload_name} has no requests: {dict(workload.counts)}")
     workload_s = time.perf_counter() - begin
-    begin = time.perf_counter()
-    record, _ = simulate(config, workload)
-    simulate_s = time.perf_counter() - begin
+    record, simulate_s = simulate(config, workload)
     summary = {**summarize(record, config.slo, config.cluster.tp), **_context(workload, record)}
     facts = {
         "system": config.system,

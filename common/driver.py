@@ -8,6 +8,9 @@ from common.policy import Executor, Policy
 from common.record import RunRecord
 
 
+FLUSH_BYTES = 1 << 20
+
+
 def drive(
     policy: Policy,
     executor: Executor,
@@ -34,7 +37,7 @@ def drive(
             if now_ns >= next_sample:
                 for gauge in policy.gauges():
                     record.timeline.sample(now_ns, gauge)
-                record.segments.flush()
+                record.segments.flush(FLUSH_BYTES)
                 next_sample = now_ns - now_ns % sample_ns + sample_ns
                 if progress is not None:
                     progress(now_ns)

@@ -54,9 +54,9 @@ class SegmentColumns:
     decodes: array[int] = field(default_factory=_column)
     prefill_tokens: array[int] = field(default_factory=_column)
 
-    def flush(self) -> None:
-        """Move `packed` rows (one append each, which is faster) into the columns; the driver does so now and then."""
-        if self.packed:
+    def flush(self, at_least: int = 1) -> None:
+        """Move `packed` rows (one append each, which is faster) into the columns once they are that many bytes."""
+        if len(self.packed) >= at_least:
             columns = (self.start_ns, self.end_ns, self.lane, self.instance, self.iterations, self.decodes,
                        self.prefill_tokens)  # fmt: skip
             rows = array("q", bytes(self.packed))

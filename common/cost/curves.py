@@ -66,9 +66,10 @@ class MixTable:
         m, d = _place(ws, context)
         low, high = self.ratio[i], self.ratio[i + 1]
         first = _bilinear(low[j], k, m, c, d)
-        first += b * (_bilinear(low[j + 1], k, m, c, d) - first)
         second = _bilinear(high[j], k, m, c, d)
-        second += b * (_bilinear(high[j + 1], k, m, c, d) - second)
+        if b:
+            first += b * (_bilinear(low[j + 1], k, m, c, d) - first)
+            second += b * (_bilinear(high[j + 1], k, m, c, d) - second)
         return first + a * (second - first)
 
 

@@ -42,6 +42,7 @@ class InstanceCost:
         self.operators = ops = operators or Operators(hardware)
         self.skew_alphas: tuple[float, ...] = skew_alphas(ops, tp)
         self.heads, self.kv_heads = max(1, model.num_heads // tp), shard_kv_heads(model, tp)
+        self._host_ns = self.engine.host_time_ns(0, tp)
         self._dense: list[int] = []
         self._head: list[int] = []
         self._rows: dict[int, DecodeRow] = {}
@@ -61,7 +62,11 @@ class InstanceCost:
             tokens = num_decodes + (chunks[0][0] if len(chunks) == 1 else sum([chunk[0] for chunk in chunks]))
         attention = self.attention_ns(chunks, num_decodes, context)
         device = self._dense_ns(tokens) + attention + self._head_ns(num_logits)
-        return self.engine.iteration_ns(device, num_decodes + len(chunks), self.tp)
+        engine = self.engine
+        host = engine.host_per_seq_ns * (num_decodes + len(chunks)) + self._host_ns
+        if engine.async_scheduling:
+            return device if device > host else host
+        return device + host
 
     def decode_ns(self, batch: int, context: int) -> int:
         """A pure decode iteration: `iteration_ns((), batch, context, batch)`."""

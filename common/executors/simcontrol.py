@@ -240,7 +240,7 @@ class Control:
         raise ContractError(f"request {request_id} is placed but not in lane {lane.id}")
 
     def area_in_lanes(self, request_id: int, instance: int, layers: Layers, tokens: tuple[int, int]) -> int:
-        """Token-layers of a request's KV inside a rectangle that lanes own at an instance, as of now."""
+        """Token-layers of a request's KV inside a rectangle that lanes own or share at an instance, as of now."""
         total = 0
         for lane in self.executor.lanes.values():
             if request_id not in lane.members and all(t.entry.request_id != request_id for t in lane.targets):
@@ -250,6 +250,7 @@ class Control:
             for stage in lane.stages:
                 if stage.instance == instance:
                     total += _area_at(placement, stage, layers, tokens, stored)
+                    total += _area_at((Span(instance, stage.layers, 0, None),), stage, layers, tokens, entry.shared)
         return total
 
     def release(self, lane: SimLane, entry: Entry, charged: int, keep_tokens: int) -> None:

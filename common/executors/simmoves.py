@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common.errors import ContractError
 from common.executors.memory import Held, overlap
 from common.executors.network import Flow
-from common.executors.simlane import SimLane
+from common.executors.simlane import SimLane, Target
 from common.executors.simlinks import Links
 from common.executors.simparams import Params
 from common.executors.simstate import BEFORE_LANES, DONE, SimState
@@ -94,12 +94,13 @@ class Moves:
         if any(_touches(other, command.dst, command.dst_tier, command.layers, command.tokens)
                for other in state.held.get(request_id, ())):  # fmt: skip
             raise ContractError(f"copy {command.command_id}: instance {command.dst} has some of {command.tokens}")
+        follows = self._followed(command, lane) if lane is not None and command.by_layer else None
         state.hold(request_id, held)
         copy = self.copies[command.command_id] = Copy(command, held, state.now)
         if lane is None or command.after is None:
             self._launch(copy)
-        elif command.by_layer:
-            self._follow(copy, lane)
+        elif follows is not None:
+            self._follow(copy, lane, *follows)
         else:
             self._after.setdefault(command.after, []).append(copy)
 
@@ -218,14 +219,18 @@ class Moves:
         """Does any copy wait for the end of a step?"""
         return bool(self._after)
 
-    def _follow(self, copy: Copy, lane: SimLane) -> None:
-        """Layer by layer behind a request's prefill: what is computed goes at once, the rest as it is made."""
-        command = copy.command
+    def _followed(self, command: CopySpan, lane: SimLane) -> tuple[Target, int]:
+        """The prefill in a lane that a by-layer copy follows, and at which stage."""
         target = next((t for t in lane.targets if t.entry.request_id == command.request_id), None)
         stage = next((index for index, stage in enumerate(lane.stages) if _holds(stage, command)), None)
         if target is None or stage is None or command.tokens[1] > target.target:
             raise ContractError(f"copy {command.command_id}: request {command.request_id} has no prefill of tokens "
                                 f"{command.tokens}, layers {command.layers} on instance {command.src}")  # fmt: skip
+        return target, stage
+
+    def _follow(self, copy: Copy, lane: SimLane, target: Target, stage: int) -> None:
+        """Layer by layer behind a request's prefill: what is computed goes at once, the rest as it is made."""
+        command = copy.command
         copy.lane = lane
         lane.followers.append(copy)
         computed = target.computed

@@ -36,8 +36,8 @@ class PhaseCounter:
     def growth(self, iteration: int, count: int) -> int:
         """Blocks newly needed by iterations `iteration` .. `iteration + count - 1`."""
         size = self.block_size
-        full, rest = divmod(count, size)
-        total = full * self.num
+        rest = count % size
+        total = (count - rest) // size * self.num
         if rest:
             first = -iteration % size
             bins = self.bins

@@ -153,7 +153,7 @@ class Script:
         elif not book.stopping:
             book.stopping = True
             self.out.append(Interrupt(lane))
-        return lambda: book.flushes >= goal
+        return lambda: book.flushes >= goal or (book.step is None and not book.todo)
 
     def again(self, request_id: int) -> Entry:
         """The entry with which a parked request goes on decoding."""

@@ -21,9 +21,9 @@ US = 1_000
 EXAMPLES = 1500 if os.environ.get("KVPLANE_NIGHTLY") else 120
 KINDS = ("run", "run", "park", "copy", "copy", "move", "lend", "preempt", "swap", "forget", "kill")
 OPS = st.lists(
-    st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 2), st.integers(0, 300)), min_size=4, max_size=24
+    st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 2), st.integers(0, 600)), min_size=4, max_size=24
 )
-REQUESTS = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 80)), min_size=4, max_size=4)
+REQUESTS = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 300)), min_size=4, max_size=4)
 
 
 class Wanderers(Script):
@@ -102,7 +102,7 @@ class Wanderers(Script):
         lane = self.lane_of(request)
         if lane is not None:
             yield self.change(lane)
-            if request in self.books[lane].members:
+            if request in self.books[lane].members and not self.books[lane].placements[request]:
                 yield self.change(lane, park=(request,))
                 if not self.over(request) and ("gone", lane) not in self.happened:
                     self.home[request] = lane
@@ -113,6 +113,8 @@ class Wanderers(Script):
         if lane is not None:
             yield self.change(lane)
         running = lane is not None and request in self.books[lane].members
+        if running and self.books[lane].placements[request]:
+            return
         source = lane if running else self.home.get(request)
         if source is None or source == instance or instance in self.copies.get(request, {}) or instance in self.dead:
             return
@@ -196,7 +198,7 @@ def wander(ops, lengths, leap):
     """One run."""
     workload = FakeWorkload([0] * 4, [prompt for prompt, _ in lengths], [output for _, output in lengths])
     record = RunRecord(RequestColumns.empty(4))
-    executor = SimExecutor(cluster(3, 64, host_blocks=64), workload, record)
+    executor = SimExecutor(cluster(3, 256, host_blocks=64), workload, record)
     policy = Wanderers(ops, executor.cluster.info(), leap)
     policy.sizes = {}
     drive(policy, Recorder(executor, []), record)

@@ -270,3 +270,13 @@ def test_a_long_overload_with_preemption_ends(rule):
     outcome = Checker(scenario).run()
     assert_all_ended(outcome, scenario)
     assert sum(outcome.record.requests.num_preemptions) > 20
+
+
+def test_a_prompt_pins_cached_blocks_only_where_nothing_grows_into_them():
+    """Found by the laws: 2 blocks of 4. A finished request's block is in the cache; the same prompt, admitted before
+    it was there, is computed, and pins it while its own reply grows. The step must end in between."""
+    prompts = ((1, 1), (1, 1), (1, 1), (4, 1), (4, 6))
+    requests = (*(Request(0, prompt, output, 0) for prompt, output in prompts), Request(0, 1, 1, 0, 0, 0))
+    scenario = Scenario(requests, 1, 2, 4, Rule.CHUNKED, 3, 1, caching=True, dispatch="round_robin", grid=False)
+    for max_leap in (1, 2, None):
+        assert_all_ended(Checker(scenario, max_leap).run(), scenario)

@@ -523,6 +523,24 @@ def test_an_iteration_with_remote_kv():
     assert result.record.requests.finish_ns[0] - start == remote_ns(65, 32) + remote_ns(66, 32)
 
 
+def test_a_layer_band_elsewhere_costs_only_its_layers():
+    """Parameters here, KV of half the layers there (KunServe's first version)."""
+
+    def story(s):
+        yield from parked(s, 0)
+        yield s.ask(CopySpan, 0, 0, 1, HIGH, (0, 64))
+        s.change(0, add=(s.again(0)._replace(placement=(Span(0, LOW, 0, None), Span(1, HIGH, 0, None))),))
+        s.clock()
+        s.do(FreeSpan(0, 0, HIGH))
+        yield s.finished(0)
+
+    result = play(story, [64], [2])
+    # In two layers all 65 tokens are there, the new one's KV (256 bytes) travels too; base at the mean local context.
+    remote = (5_000 + 128 + 256) + 3 * 65 + (5_000 + 160)
+    expected = decode_ns(65 - 32) + 2 * (remote - 3 * 1 + 101)
+    assert result.record.requests.finish_ns[0] - result.times[-1] == expected
+
+
 def test_a_creditor_is_slowed_by_its_share():
     result = play(spread, [64, 10], [20, 160])
     segments, start = result.record.segments, result.times[-1]
