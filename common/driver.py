@@ -7,7 +7,6 @@ from collections.abc import Callable
 from common.policy import Executor, Policy
 from common.record import RunRecord
 
-
 FLUSH_BYTES = 1 << 20
 
 

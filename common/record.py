@@ -45,7 +45,6 @@ class SegmentColumns:
     """Runs of equal iterations of a lane: `iterations` of them from start to end, each giving one token to each of
     `decodes` requests and computing `prefill_tokens` (all iterations together). The source of ITL and of busy time."""
 
-    packed: bytearray = field(default_factory=bytearray)  # rows not yet in the columns, by `pack_segment`
     start_ns: array[int] = field(default_factory=_column)
     end_ns: array[int] = field(default_factory=_column)
     lane: array[int] = field(default_factory=_column)
@@ -53,6 +52,7 @@ class SegmentColumns:
     iterations: array[int] = field(default_factory=_column)
     decodes: array[int] = field(default_factory=_column)
     prefill_tokens: array[int] = field(default_factory=_column)
+    packed: bytearray = field(default_factory=bytearray)  # rows not yet in the columns, by `pack_segment`
 
     def flush(self, at_least: int = 1) -> None:
         """Move `packed` rows (one append each, which is faster) into the columns once they are that many bytes."""

@@ -269,7 +269,8 @@ def optional_tables(record: RunRecord, log_segments: bool) -> dict[str, dict[str
                            "kind": _strings(kind), "text": _strings(text)}  # fmt: skip
     if log_segments:
         segments, moves = record.segments, record.moves
-        tables["segments"] = {name: as_numpy(getattr(segments, name)) for name in segments.__slots__}
+        columns = [name for name in segments.__slots__ if name != "packed"]
+        tables["segments"] = {name: as_numpy(getattr(segments, name)) for name in columns}
         numbers = [name for name in moves.__slots__ if name != "kind"]
         tables["moves"] = {name: as_numpy(getattr(moves, name)) for name in numbers}
         tables["moves"]["kind"] = _strings(moves.kind)

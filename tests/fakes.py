@@ -98,7 +98,9 @@ def cluster(
     return ClusterModel(**{**settings, **changes})  # type: ignore[arg-type]
 
 
-def run(policy: Policy, model: ClusterModel, workload: FakeWorkload, **options: object) -> tuple[RunRecord, SimExecutor]:
+def run(
+    policy: Policy, model: ClusterModel, workload: FakeWorkload, **options: object
+) -> tuple[RunRecord, SimExecutor]:
     """Drive a policy to the end; the record and the executor, for inspection."""
     record = RunRecord(RequestColumns.empty(len(workload.prompt_tokens)))
     executor = SimExecutor(model, workload, record, **options)  # type: ignore[arg-type]

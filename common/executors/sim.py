@@ -10,6 +10,7 @@ is what a run with leaps of one iteration would see (`_strict`).
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from common.executors.simlane import Member, SimLane, Target
 from common.executors.simmoves import Moves
 from common.executors.simremote import remote_extra_ns
 from common.executors.simstate import ARRIVAL, DONE, MESSAGE, TIMER, UP, SimState
-from common.executors.source import NEVER, Client, WorkloadLike
+from common.executors.source import NEVER, Client, WorkloadLike, integers
 from common.record import RunRecord, pack_segment
 from common.sched.compose import next_iteration
 from common.types import (
@@ -95,8 +96,8 @@ class SimExecutor:
         self.live = 0
         self._last_work = 0
         self._workload = workload
-        self._output = [int(value) for value in workload.output_tokens]
-        self._prompt = [int(value) for value in workload.prompt_tokens]
+        self._output = integers(workload.output_tokens)
+        self._prompt = integers(workload.prompt_tokens)
         self._generated = record.requests.output_tokens
         self._segments = record.segments.packed
         self._behind: dict[int, tuple[SimLane, Entry]] = {}  # entries whose first tokens a lane in front computes
@@ -109,10 +110,7 @@ class SimExecutor:
             **self.moves.commands(),
             **self.control.commands(),
         }
-        for column, values in (("prompt_tokens", self._prompt),):
-            target = getattr(record.requests, column)
-            for index, value in enumerate(values):
-                target[index] = value
+        record.requests.prompt_tokens[:] = array("q", self._prompt)
         self.control.start(faults)
 
     # ------------------------------------------------------------ contract
@@ -690,8 +688,9 @@ class SimExecutor:
         context = lane.effective_context(lane.costs[0].skew_alphas)
         goal = self.state.now - lane.item_start + prefix[context]
         find = bisect_right if self._strict(lane) else bisect_left
-        done: int = find(prefix, goal, context + 1, context + lane.item_iterations) - 1 - context
-        return lane.iteration + done
+        passed = find(prefix, goal, context + 1, context + lane.item_iterations) - 1 - context
+        completed: int = lane.iteration + passed
+        return completed
 
     def lanes_of(self, *instances: int) -> tuple[tuple[int, int], ...]:
         """(lane, completed iterations) of the lanes with a stage on these instances, by lane id."""

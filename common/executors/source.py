@@ -16,6 +16,13 @@ from common.types import Content
 NEVER = 1 << 62
 
 
+def integers(values: Sequence[int]) -> list[int]:
+    """Plain ints of a sequence or array."""
+    as_list = getattr(values, "tolist", None)
+    found: list[int] = as_list() if as_list is not None else [int(value) for value in values]
+    return found
+
+
 class WorkloadLike(Protocol):
     """What the client reads of a workload (see `workloads.types.Workload`); lengths in tokens, times in ns."""
 
@@ -43,7 +50,7 @@ class Client:
     """Requests in order of arrival; ties by request id."""
 
     def __init__(self, workload: WorkloadLike) -> None:
-        self._arrivals = [int(value) for value in workload.arrival_ns]
+        self._arrivals = integers(workload.arrival_ns)
         num = len(self._arrivals)
         self.num_requests = num
         release_after = workload.release_after

@@ -256,7 +256,7 @@ class Script:
             self.happened.add(("finished", request_id))
         if event.status is not Status.OK:
             for request_id in [*book.members, *book.targets]:
-                where = (*book.stages, *book.placements.get(request_id, ()))
+                where: list[Any] = [*book.stages, *book.placements.get(request_id, ())]
                 if any(("gone", part.instance) in self.happened for part in where):
                     self._out_of(book, request_id)
                     self.happened.add(("lost", request_id))

@@ -20,9 +20,8 @@ ALL = (0, 4)
 US = 1_000
 EXAMPLES = 1500 if os.environ.get("KVPLANE_NIGHTLY") else 120
 KINDS = ("run", "run", "park", "copy", "copy", "move", "lend", "preempt", "swap", "forget", "kill")
-OPS = st.lists(
-    st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 2), st.integers(0, 600)), min_size=4, max_size=24
-)
+OP = st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 2), st.integers(0, 600))
+OPS = st.lists(OP, min_size=4, max_size=24)
 REQUESTS = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 300)), min_size=4, max_size=4)
 
 
@@ -35,6 +34,7 @@ class Wanderers(Script):
         self.home: dict[int, int] = {}  # of parked requests
         self.copies: dict[int, dict[int, object]] = {}  # request -> instance -> wait for the answer
         self.dead: set[int] = set()
+        self.sizes: dict[tuple[int, int], int] = {}  # tokens of the copy of a request on an instance
 
     def agents(self):
         return [self.story()]
@@ -50,12 +50,13 @@ class Wanderers(Script):
             yield from self.run(request, 0)
             if request in self.home:
                 self.join(request, self.home[request])
-        waiting = set(requests)
-        while waiting:  # whoever is lost on the way begins again
-            yield lambda: any(self.over(r) or self.lane_of(r) is None for r in waiting)
-            waiting = {r for r in waiting if not self.over(r)}
-            for request in waiting:
+        while waiting := [request for request in requests if not self.over(request)]:
+            yield self.any_left(waiting)
+            for request in waiting:  # whoever was lost on the way begins again
                 yield from self.run(request, 0)
+
+    def any_left(self, requests):
+        return lambda: any(self.over(request) or self.lane_of(request) is None for request in requests)
 
     # ---- where they are
 
@@ -73,7 +74,8 @@ class Wanderers(Script):
         """Has a copy of all that the request stores arrived at an instance?"""
         wait = self.copies.get(request, {}).get(instance)
         answer = wait() if wait else None
-        return answer is not None and answer.status is Status.OK and self.sizes[request, instance] == self.tokens[request]
+        there = answer is not None and answer.status is Status.OK
+        return there and self.sizes[request, instance] == self.tokens[request]
 
     def forgotten(self, request):
         self.copies.pop(request, None)
@@ -200,7 +202,6 @@ def wander(ops, lengths, leap):
     record = RunRecord(RequestColumns.empty(4))
     executor = SimExecutor(cluster(3, 256, host_blocks=64), workload, record)
     policy = Wanderers(ops, executor.cluster.info(), leap)
-    policy.sizes = {}
     drive(policy, Recorder(executor, []), record)
     return policy, executor
 
@@ -222,5 +223,6 @@ def test_random_moves_at_any_leap(ops, lengths):
         assert decoded + policy.num_sampled == sum(requests.output_tokens)
         moves = record.moves
         runs.append((list(requests.first_token_ns), list(requests.finish_ns), list(requests.num_preemptions),
-                     list(requests.num_migrations), list(zip(moves.kind, moves.start_ns, moves.end_ns, moves.num_bytes))))
+                     list(requests.num_migrations), moves.kind, list(moves.start_ns), list(moves.end_ns),
+                     list(moves.num_bytes)))  # fmt: skip
     assert runs[0] == runs[1] == runs[2]
