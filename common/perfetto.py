@@ -16,7 +16,7 @@ import numpy as np
 
 from common.metrics import as_numpy, sample_starts
 from common.provenance import label
-from common.record import RunRecord
+from common.record import SEGMENT_COLUMNS, RunRecord
 from common.results import replacing
 from common.runs import MANIFEST
 
@@ -92,7 +92,7 @@ def _counters(record: RunRecord, notes: list[str]) -> list[str]:
 
 def _segments(record: RunRecord, notes: list[str]) -> list[str]:
     """Runs of equal iterations as slices on their lane."""
-    columns = [getattr(record.segments, name)[:MAX_SEGMENTS] for name in record.segments.__slots__]
+    columns = [getattr(record.segments, name)[:MAX_SEGMENTS] for name in SEGMENT_COLUMNS]
     total = len(record.segments.start_ns)
     if total > MAX_SEGMENTS:
         notes.append(f"slices: the first {MAX_SEGMENTS:,} of {total:,}")

@@ -37,7 +37,8 @@ class RequestColumns:
         return cls(never[:], never[:], never[:], zero[:], zero[:], zero[:], zero[:], zero[:], zero[:], never[:])
 
 
-pack_segment = Struct("7q").pack
+SEGMENT_COLUMNS = ("start_ns", "end_ns", "lane", "instance", "iterations", "decodes", "prefill_tokens")
+pack_segment = Struct(f"{len(SEGMENT_COLUMNS)}q").pack  # in this order
 
 
 @dataclass(slots=True)
@@ -57,8 +58,7 @@ class SegmentColumns:
     def flush(self, at_least: int = 1) -> None:
         """Move `packed` rows (one append each, which is faster) into the columns once they are that many bytes."""
         if len(self.packed) >= at_least:
-            columns = (self.start_ns, self.end_ns, self.lane, self.instance, self.iterations, self.decodes,
-                       self.prefill_tokens)  # fmt: skip
+            columns = [getattr(self, name) for name in SEGMENT_COLUMNS]
             rows = array("q", bytes(self.packed))
             for index, column in enumerate(columns):
                 column.extend(rows[index :: len(columns)])

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from common.errors import ConfigError
 from common.metrics import Ints, Requests, as_numpy, num_up
 from common.provenance import git_state, package_versions, runtime_label
-from common.record import MoveColumns, RunRecord
+from common.record import SEGMENT_COLUMNS, MoveColumns, RunRecord
 from common.runs import MANIFEST, LoadedRun, load_run
 from common.types import RequestStatus
 
@@ -269,8 +269,7 @@ def optional_tables(record: RunRecord, log_segments: bool) -> dict[str, dict[str
                            "kind": _strings(kind), "text": _strings(text)}  # fmt: skip
     if log_segments:
         segments, moves = record.segments, record.moves
-        columns = [name for name in segments.__slots__ if name != "packed"]
-        tables["segments"] = {name: as_numpy(getattr(segments, name)) for name in columns}
+        tables["segments"] = {name: as_numpy(getattr(segments, name)) for name in SEGMENT_COLUMNS}
         numbers = [name for name in moves.__slots__ if name != "kind"]
         tables["moves"] = {name: as_numpy(getattr(moves, name)) for name in numbers}
         tables["moves"]["kind"] = _strings(moves.kind)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 import typing
 
 import pytest
 
 from common import types
+from common.driver import drive
+from common.executors.replay import ReplayExecutor
+from common.log import Delivered, Submitted, decode, encode
+from common.record import RequestColumns, RunRecord
 from common.types import RequestStatus
 from tests.contract.runtimes import RUNTIMES, Outcome
 from tests.contract.walks import infinite_llm, kunserve, mell, memserve
@@ -67,6 +72,20 @@ def test_every_command_walks():
     used = {type(item) for name in WALKS for _, item in RUNTIMES["sim"](WALKS[name].WALK, None).trace}
     assert set(typing.get_args(types.Command)) <= used
     assert set(typing.get_args(types.Event)) - used <= {types.AgentLost}
+
+
+@pytest.mark.parametrize("leap", [None, 1])
+@pytest.mark.parametrize("name", WALKS)
+def test_a_recorded_walk_replays(runtime, name, leap):
+    """Parity: the events of a walk, read back from its log, make a fresh policy give the same commands."""
+    outcome = runtime(WALKS[name].WALK, leap)
+    lines = [Submitted(item) if type(item) in typing.get_args(types.Command) else Delivered(now, item)
+             for now, item in outcome.trace]
+    items = [item for _, item in outcome.trace]
+    assert [decode(json.loads(json.dumps(encode(item)))) for item in items] == items
+    policy = WALKS[name].WALK(outcome.policy.info, leap)
+    drive(policy, ReplayExecutor(lines), RunRecord(RequestColumns.empty(0)))
+    assert policy.num_sampled == outcome.policy.num_sampled
 
 
 @pytest.mark.parametrize("name", WALKS)

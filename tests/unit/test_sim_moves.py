@@ -71,11 +71,12 @@ class Play(Script):
         self.times.append(self.now)
 
 
-def play(story, prompts, outputs, leap=None, instances=4, blocks=64, faults=(), **changes):
+def play(story, prompts, outputs, leap=None, instances=4, blocks=64, faults=(), message_faults=None, **changes):
     """Run a story to its end."""
     workload = FakeWorkload([0] * len(prompts), prompts, outputs)
     record = RunRecord(RequestColumns.empty(len(prompts)))
-    executor = SimExecutor(cluster(instances, blocks, **changes), workload, record, faults=faults)
+    executor = SimExecutor(cluster(instances, blocks, **changes), workload, record, faults=faults,
+                           message_faults=message_faults)  # fmt: skip
     policy = Play(story, executor.cluster.info(), leap)
     policy.executor = executor
     policy.trace: Trace = []
@@ -695,6 +696,46 @@ def test_messages_under_way_are_delivered_but_planned_losses_do_not_prolong_a_ru
 
     result = play(story, [32], [5], faults=((10**12, 1),))
     assert result.times[2] - result.times[1] == 10_000 and result.record.end_ns == result.times[2]
+
+
+class Post:
+    """A fault plan: the first message is lost, the second comes twice, the third late."""
+
+    def __init__(self):
+        self.plans = [[], [0, 7_000], [90_000], [0]]
+
+    def deliveries(self, now_ns, message):
+        return self.plans.pop(0)
+
+
+def test_messages_are_lost_doubled_and_delayed_by_plan():
+    seen = []
+
+    def story(s):
+        yield s.arrived(0)
+        for payload in ("lost", "twice", "late", "prompt"):
+            s.tell("a", "b", payload)
+        for _ in range(4):
+            event = yield s.message("b")
+            seen.append((s.now, event.payload))
+        s.change(0, stages=(Stage(0, ALL),), add=(Entry(0, 0, 8),))
+        yield s.finished(0)
+
+    play(story, [8], [2], message_faults=Post())
+    assert seen == [(10_000, "twice"), (10_000, "prompt"), (17_000, "twice"), (100_000, "late")]
+
+
+def test_a_loss_at_the_end_of_a_copy_comes_first():
+    """At one instant what is lost goes before what is done."""
+
+    def story(s):
+        yield from parked(s, 0)
+        copied = s.ask(CopySpan, 0, 0, 1, ALL, (0, 32))
+        event = yield copied
+        assert event.status is Status.FAILED and ("gone", 1) in s.happened
+        yield from finish(s, 0)
+
+    play(story, [32], [5], faults=((prefill_ns(32) + 5_000 + 32 * 4 * 256, 1),))
 
 
 def test_the_fake_cost_is_what_these_times_assume():
