@@ -66,6 +66,7 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         pcie=wide((pc.bandwidth, pc.latency_ns)),
         startup_ns=startup_ns(hardware, model.param_bytes // tp),
         control_ns=int(config.cluster.control_ms * 1e6),
+        frontend_ns=int(config.cluster.frontend_ms * 1e6),
         compact_bandwidth=hardware.mem_bandwidth * tp,
         param_bytes=model.param_bytes,
         gpus_per_instance=tp,

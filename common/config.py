@@ -46,6 +46,7 @@ class ClusterConfig:
     gpus_per_node: int
     lost: tuple[tuple[float, int], ...]
     control_ms: float
+    frontend_ms: float
     host_memory_gb: float | None
 
 
@@ -201,8 +202,9 @@ def _cluster(tree: dict[str, Any]) -> ClusterConfig:
             raise ConfigError(f"cluster.lost={tree['lost']}: give [[seconds, instance], …] of {instances} instances")
         lost.append((float(pair[0]), int(pair[1])))
     control = _number("cluster.control_ms", tree["control_ms"])
-    return ClusterConfig(instances, tp, per_node, tuple(lost), control, _maybe("cluster.host_memory_gb",
-                                                                               tree["host_memory_gb"]))  # fmt: skip
+    frontend = _number("cluster.frontend_ms", tree["frontend_ms"])
+    host = _maybe("cluster.host_memory_gb", tree["host_memory_gb"])
+    return ClusterConfig(instances, tp, per_node, tuple(lost), control, frontend, host)
 
 
 def _engine(tree: Mapping[str, Any], model: ModelSpec) -> EngineConfig:

@@ -51,6 +51,7 @@ class ClusterModel:
     remap_ns: int = 5_000_000
     startup_ns: int = 20_000_000_000
     control_ns: int = 100_000
+    frontend_ns: int = 0  # from a client's send to the scheduler: HTTP and tokenizer; TTFT counts from the send
     call_ns: int = 10_000  # each further call of a copy in many calls (spec: ~10 us per NCCL call)
     compact_bandwidth: float = 1e12
     remote_service: str = "side_stream"

@@ -90,7 +90,7 @@ class SimExecutor:
         self.lanes: dict[int, SimLane] = {}
         self.moves = Moves(self.state, self)
         self.control = Control(self.state, self, message_faults)
-        self.client = Client(workload)
+        self.client = Client(workload, cluster.frontend_ns)
         self._client_waits = workload.concurrency is not None or workload.release_after is not None
         self.oracle = oracle
         self.live = 0
@@ -172,7 +172,7 @@ class SimExecutor:
         state.event_class = ARRIVAL
         state.event_tie = 0
         requests = self.record.requests
-        requests.arrival_ns[request_id] = arrival_ns
+        requests.arrival_ns[request_id] = arrival_ns - self.client.frontend_ns  # when the client sent it
         requests.status[request_id] = LIVE
         self.live += 1
         content, session = workload.content, workload.session

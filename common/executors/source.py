@@ -49,8 +49,9 @@ class WorkloadLike(Protocol):
 class Client:
     """Requests in order of arrival; ties by request id."""
 
-    def __init__(self, workload: WorkloadLike) -> None:
-        self._arrivals = integers(workload.arrival_ns)
+    def __init__(self, workload: WorkloadLike, frontend_ns: int = 0) -> None:
+        self.frontend_ns = frontend_ns  # from the client's send to the scheduler; `next_ns` is at the scheduler
+        self._arrivals = [value + frontend_ns for value in integers(workload.arrival_ns)]
         num = len(self._arrivals)
         self.num_requests = num
         release_after = workload.release_after
@@ -62,7 +63,7 @@ class Client:
         self._open: list[int] = []
         if self._closed is not None:
             first = min(self._closed, num)
-            self._released = [(0, index) for index in range(first)]
+            self._released = [(frontend_ns, index) for index in range(first)]
             self._next_closed = first
         elif release_after is not None:
             for index in range(num):
@@ -101,11 +102,11 @@ class Client:
         """A request finished or was refused: release what waited for it."""
         if self._closed is not None:
             if self._next_closed < self.num_requests:
-                heapq.heappush(self._released, (now_ns, self._next_closed))
+                heapq.heappush(self._released, (now_ns + self.frontend_ns, self._next_closed))
                 self._next_closed += 1
                 self.next_ns = self._peek()
         elif request_id in self._followers:
             for index in self._followers.pop(request_id):
                 think = int(self._think[index]) if self._think is not None else 0
-                heapq.heappush(self._released, (now_ns + think, index))
+                heapq.heappush(self._released, (now_ns + think + self.frontend_ns, index))
             self.next_ns = self._peek()
