@@ -77,9 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
              f"{WAVES} x concurrency requests a point, token budget concurrency + prompt + {BUDGET_BEYOND}, "
              + ", ".join(f"{k}={v}" for k, v in SETTINGS.items()) + ".",
              "The measured TTFT starts at the client; how long its request takes to the scheduler is not in the file. "
-             "Shown without any such delay, and with the median (15 ms) and the mean (30 ms) above the minimum that the "
-             "RTX 4090 server run of the same data folder shows between client and queue. It matters because clients "
-             "that return together are prefilled together: read the spread between the rows as the uncertainty."]  # fmt: skip
+             "Shown without any such delay, and with the median (15 ms) and the mean (30 ms) above the minimum that "
+             "the RTX 4090 server run of the same data folder shows between client and queue. It matters because "
+             "clients that return together are prefilled together: the spread between the rows is the uncertainty."]
     write_report(options.name, "Against closed-loop measurements", notes, {"errors": summary, **tables})
     return 0
 

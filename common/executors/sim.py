@@ -19,9 +19,10 @@ from typing import Any
 
 from common.errors import ContractError, Stalled
 from common.executors.cluster import ClusterModel, StageCost
-from common.executors.memory import Held
 from common.executors.simcontrol import Control
 from common.executors.simlane import Member, SimLane, Target
+from common.executors.simloss import Losses
+from common.executors.simmembers import Members
 from common.executors.simmoves import Moves
 from common.executors.simremote import remote_extra_ns
 from common.executors.simstate import ARRIVAL, DONE, MESSAGE, TIMER, UP, SimState
@@ -32,7 +33,6 @@ from common.types import (
     Abort,
     Command,
     CopyDone,
-    Entry,
     Event,
     Interrupt,
     LayersDropped,
@@ -47,7 +47,6 @@ from common.types import (
     Status,
     StepDone,
     SwapDone,
-    Tier,
 )
 
 new_tuple = tuple.__new__  # of a NamedTuple, past its Python-level constructor: three times as fast
@@ -96,11 +95,11 @@ class SimExecutor:
         self.live = 0
         self._last_work = 0
         self._workload = workload
-        self._output = integers(workload.output_tokens)
-        self._prompt = integers(workload.prompt_tokens)
-        self._generated = record.requests.output_tokens
+        prompt = integers(workload.prompt_tokens)
+        self.members = Members(self.state, self, prompt, integers(workload.output_tokens))
+        self.losses = Losses(self)
+        self.generated = self.members.generated
         self._segments = record.segments.packed
-        self._behind: dict[int, tuple[SimLane, Entry]] = {}  # entries whose first tokens a lane in front computes
         self._costs: dict[tuple[int, bool, bool], StageCost] = {}
         self._submit: dict[type, Any] = {
             RunStep: self._run_step,
@@ -110,7 +109,7 @@ class SimExecutor:
             **self.moves.commands(),
             **self.control.commands(),
         }
-        record.requests.prompt_tokens[:] = array("q", self._prompt)
+        record.requests.prompt_tokens[:] = array("q", prompt)
         self.control.start(faults)
 
     # ------------------------------------------------------------ contract
@@ -178,11 +177,11 @@ class SimExecutor:
         content, session = workload.content, workload.session
         fields = (
             request_id,
-            self._prompt[request_id],
+            self.members.prompt[request_id],
             workload.max_output_tokens,
             None if content is None else content[request_id],
             -1 if session is None else int(session[request_id]),
-            self._output[request_id] if self.oracle else None,
+            self.members.output[request_id] if self.oracle else None,
             "",
         )
         return new_tuple(RequestArrived, fields)
@@ -205,7 +204,7 @@ class SimExecutor:
         if lane.command_id is not None:
             raise ContractError(f"lane {lane.id}: RunStep {command.command_id} while {lane.command_id} runs")
         if command.remove or command.park:
-            self._take_out(lane, command)
+            self.members.take_out(lane, command)
         if command.stages is not None:
             self._set_stages(lane, command.stages)
         lane.rule = command.rule or lane.rule
@@ -218,13 +217,13 @@ class SimExecutor:
         up = self.state.up
         for stage in lane.stages:
             if not up[stage.instance]:
-                self._fail_lane(lane)
+                self.losses.fail_lane(lane)
                 return
         if command.place:
             for request_id, placement in command.place:
                 self.control.replace(lane, request_id, placement)
         for entry in command.add:
-            self._join(lane, entry)
+            self.members.join(lane, entry)
         limit = command.max_iterations
         lane.limit = 1 << 60 if limit is None else lane.ran + limit
         lane.stop = False
@@ -233,19 +232,6 @@ class SimExecutor:
         event = self._begin(lane, self.state.now)
         if event is not None:
             self.state.ready.append(event)
-
-    def _take_out(self, lane: SimLane, command: RunStep) -> None:
-        """Preempt and park at this boundary; retained blocks become cached ones."""
-        for index, request_id in enumerate(command.remove):
-            self._evict(lane, request_id, keep=False)
-            if command.retain and command.retain[index]:
-                for stage in lane.stages:
-                    cells = command.retain[index] * (stage.layers[1] - stage.layers[0])
-                    memory = self.state.memory[stage.instance]
-                    memory.take(cells)
-                    memory.cached += cells
-        for request_id in command.park:
-            self._evict(lane, request_id, keep=True)
 
     def _set_stages(self, lane: SimLane, stages: tuple[Stage, ...]) -> None:
         if lane.members or lane.targets:
@@ -265,115 +251,6 @@ class SimExecutor:
         lane.durations = [0] * len(stages)
         lane.prefix = {}
         lane.simple = len(stages) == 1
-
-    def _join(self, lane: SimLane, entry: Entry) -> None:
-        """Take a request into the lane: absorb its KV held at the stages, charge what it will need there."""
-        request_id = entry.request_id
-        known = self._prompt[request_id] + self._generated[request_id]
-        if not 0 <= entry.computed < entry.target <= known or (entry.decode and entry.computed != known - 1):
-            raise ContractError(f"request {request_id}: entry {entry} of {known} known tokens")
-        if self.record.requests.status[request_id] != LIVE:
-            raise ContractError(f"request {request_id} joins lane {lane.id} but is not live")
-        self._count_migration(lane, entry)
-        if entry.behind is not None:
-            self.control.check_behind(lane, entry)
-            self._behind[request_id] = (lane, entry)
-            entry = entry._replace(shared=entry.computed)  # so far it owns what it will compute itself
-        if entry.placement is not None and entry.placement != self.control.default(lane, entry):
-            self.control.adopt(lane, entry)
-        else:
-            self._take_over(lane, entry, entry.computed if entry.decode else entry.target)
-        if entry.decode:
-            left = self._output[request_id] - self._generated[request_id]
-            if left <= 0:
-                raise ContractError(f"request {request_id} decodes beyond its end")
-            member = Member(entry, entry.computed - lane.iteration, lane.iteration + left)
-            lane.join(member, bool(lane.costs[0].skew_alphas))
-        else:
-            lane.targets.append(Target(entry))
-
-    def _take_over(self, lane: SimLane, entry: Entry, charged: int) -> None:
-        """KV held at the stages becomes the lane's, which pays for the blocks of `charged` tokens."""
-        state, size = self.state, self.state.block_size
-        blocks = -(-charged // size) - entry.shared // size
-        for stage in lane.stages:
-            layers = stage.layers[1] - stage.layers[0]
-            if entry.computed > entry.shared:
-                tokens = (entry.shared, entry.computed)
-                found = state.carve(entry.request_id, stage.instance, Tier.HBM, stage.layers, tokens)
-                if found != layers * (entry.computed - entry.shared):
-                    raise ContractError(
-                        f"request {entry.request_id}: KV of tokens {tokens} is not (yet) on instance {stage.instance}"
-                    )
-            state.memory[stage.instance].take(blocks * layers)
-
-    def _hand_over(self, request_id: int) -> None:
-        """The lane in front has computed what an entry behind it goes on from."""
-        lane, entry = self._behind.pop(request_id)
-        target = next(target for target in lane.targets if target.entry.request_id == request_id)
-        target.entry = entry
-        self._take_over(lane, entry, entry.computed)
-
-    def _count_migration(self, lane: SimLane, entry: Entry) -> None:
-        home = lane.stages[0].instance
-        requests = self.record.requests
-        before = requests.instance[entry.request_id]
-        if before < 0:
-            requests.cached_tokens[entry.request_id] = entry.shared
-        elif before != home and entry.computed > 0 and self._generated[entry.request_id] > 0:
-            requests.num_migrations[entry.request_id] += 1
-        requests.instance[entry.request_id] = home
-
-    def stored(self, lane: SimLane, request_id: int) -> int:
-        """Tokens whose KV a request in a lane has at the lane's last boundary."""
-        member = lane.members.get(request_id)
-        if member is not None:
-            return member.offset + lane.iteration
-        for target in lane.targets:
-            if target.entry.request_id == request_id:
-                return target.computed
-        raise ContractError(f"request {request_id} is not in lane {lane.id}")
-
-    def _evict(self, lane: SimLane, request_id: int, keep: bool) -> None:
-        """Remove a request at a boundary: free its KV (a preemption), or park it under its name."""
-        stored = self.stored(lane, request_id)
-        member = lane.members.get(request_id)
-        if member is not None:
-            entry, charged = member.entry, stored
-            self._settle_generated(lane, member)
-            lane.leave(request_id)
-        else:
-            target = next(target for target in lane.targets if target.entry.request_id == request_id)
-            entry, charged = target.entry, target.target
-            lane.targets.remove(target)
-        self._behind.pop(request_id, None)
-        if lane.followers:
-            self.moves.unfollow(lane, request_id)
-        if not keep:
-            self.record.requests.num_preemptions[request_id] += 1
-        self._release(lane, entry, charged, stored if keep else 0)
-
-    def _settle_generated(self, lane: SimLane, member: Member) -> None:
-        request_id = member.entry.request_id
-        self._generated[request_id] = self._output[request_id] - (member.finish - lane.iteration)
-
-    def _release(self, lane: SimLane, entry: Entry, charged: int, keep_tokens: int) -> None:
-        """Give back `charged` tokens' blocks at the stages; keep the first `keep_tokens` as held KV."""
-        state = self.state
-        if not keep_tokens and (self.moves.copies or self.moves.swaps):
-            self.moves.cancel(entry.request_id)
-        if entry.request_id in lane.spread:
-            self.control.release(lane, entry, charged, keep_tokens)
-            return
-        size = state.block_size
-        blocks = -(-charged // size) - entry.shared // size
-        for stage in lane.stages:
-            state.memory[stage.instance].give(blocks * (stage.layers[1] - stage.layers[0]))
-            if keep_tokens > entry.shared:
-                held = Held(stage.instance, Tier.HBM, stage.layers, entry.shared, keep_tokens)
-                state.hold(entry.request_id, held)
-        if not keep_tokens and entry.request_id in state.held:
-            state.free_all(entry.request_id)
 
     # ------------------------------------------------------------ items
 
@@ -492,15 +369,15 @@ class SimExecutor:
         instance = lane.feet[lane.stage]
         instance.serving = None
         if lane.stage + 1 < len(lane.stages):
-            self._next_in_line(instance, now)
+            self.next_in_line(instance, now)
             self._hop(lane, now)
             return None
         event = self._boundary(lane, now)
         if instance.fifo:  # whoever waits at the instance goes first; then the lane's own next iteration
-            self._next_in_line(instance, now)
+            self.next_in_line(instance, now)
         return self._begin(lane, now) if event is None else event
 
-    def _next_in_line(self, instance: SimInstance, now: int) -> None:
+    def next_in_line(self, instance: SimInstance, now: int) -> None:
         if instance.fifo:
             self._serve(instance, instance.fifo.popleft(), now)
 
@@ -523,14 +400,14 @@ class SimExecutor:
         count = lane.item_iterations
         phase = lane.phase
         num = phase.num
-        self._note_segment(lane, now, count)
+        self.note_segment(lane, now, count)
         if lane.runs_decodes and num:
             settled, lane.settled = lane.settled, 0
             grown = phase.growth(lane.iteration + settled, count - settled)
             if lane.spread:
-                self._grow(lane, grown, self.control.grow_spread(lane))
+                self.grow(lane, grown, self.control.grow_spread(lane))
             elif grown:
-                self._grow(lane, grown)
+                self.grow(lane, grown)
         if lane.runs_decodes:
             lane.iteration += count
         lane.ran += count
@@ -542,13 +419,13 @@ class SimExecutor:
             return self._step_done(lane)
         return None
 
-    def _note_segment(self, lane: SimLane, now: int, count: int) -> None:
+    def note_segment(self, lane: SimLane, now: int, count: int) -> None:
         start = lane.item_start if lane.simple else now - sum(lane.durations)
         decodes = lane.phase.num if lane.runs_decodes else 0
         tokens = sum(lane.chunks) if lane.chunks else 0
         self._segments += pack_segment(start, now, lane.id, lane.stages[0].instance, count, decodes, tokens)
 
-    def _grow(self, lane: SimLane, blocks: int, elsewhere: Sequence[int] = ()) -> None:
+    def grow(self, lane: SimLane, blocks: int, elsewhere: Sequence[int] = ()) -> None:
         """Charge new blocks at every stage but for cells that grew `elsewhere`, taking over cached ones where the
         step allows it."""
         if lane.simple and not elsewhere:
@@ -585,15 +462,15 @@ class SimExecutor:
         request_id = entry.request_id
         lane.prefilled.append((request_id, lane.iteration))
         if entry.sample:
-            if self._generated[request_id] == 0:
+            if self.generated[request_id] == 0:
                 self.record.requests.first_token_ns[request_id] = now
-            self._generated[request_id] += 1
-        left = self._output[request_id] - self._generated[request_id]
+            self.generated[request_id] += 1
+        left = self.members.output[request_id] - self.generated[request_id]
         member = Member(entry, entry.target - lane.iteration, lane.iteration + left)
         if left and (entry.leave or not entry.sample):
-            self._release(lane, entry, entry.target, entry.target)
-            if request_id in self._behind:
-                self._hand_over(request_id)
+            self.members.release(lane, entry, entry.target, entry.target)
+            if request_id in self.members.behind:
+                self.members.hand_over(request_id)
             lane.stop = True
         else:
             lane.join(member, bool(lane.costs[0].skew_alphas))  # with nothing left it finishes at this boundary
@@ -630,12 +507,12 @@ class SimExecutor:
     def _finish(self, lane: SimLane, request_id: int) -> None:
         member = lane.leave(request_id)
         requests = self.record.requests
-        self._generated[request_id] = self._output[request_id]
+        self.generated[request_id] = self.members.output[request_id]
         requests.finish_ns[request_id] = self.state.now
         requests.status[request_id] = FINISHED
         self.live -= 1
         stored = member.offset + lane.iteration
-        self._release(lane, member.entry, stored, stored if member.entry.keep else 0)
+        self.members.release(lane, member.entry, stored, stored if member.entry.keep else 0)
         if self._client_waits:
             self.client.ended(self.state.now, request_id)
 
@@ -652,7 +529,7 @@ class SimExecutor:
         requests = self.record.requests
         if requests.status[request_id] != LIVE:
             raise ContractError(f"request {request_id} aborted but not live")
-        if requests.instance[request_id] >= 0 and self._lane_of(request_id) is not None:
+        if requests.instance[request_id] >= 0 and self.members.lane_of(request_id) is not None:
             raise ContractError(f"request {request_id} aborted but in a lane: remove it first")
         requests.status[request_id] = REJECTED
         requests.reasons[request_id] = command.reason
@@ -660,12 +537,6 @@ class SimExecutor:
         self.state.free_all(request_id)
         self.live -= 1
         self.client.ended(self.state.now, request_id)
-
-    def _lane_of(self, request_id: int) -> SimLane | None:
-        for lane in self.lanes.values():
-            if request_id in lane.members or any(t.entry.request_id == request_id for t in lane.targets):
-                return lane
-        return None
 
     def _mark(self, command: Mark) -> None:
         self.record.marks.append((self.state.now, command.instance, command.kind, command.text))
@@ -676,7 +547,7 @@ class SimExecutor:
         """The run was interrupted: settle the token counts of what still runs, and close the books."""
         for lane in self.lanes.values():
             for member in lane.members.values():
-                self._settle_generated(lane, member)
+                self.members.settle_generated(lane, member)
         self.record.end_ns = max(self.record.end_ns, self.state.now)
         self.control.close()
 
@@ -712,7 +583,7 @@ class SimExecutor:
         if lane is not None and lane.item_iterations > 1:
             done = self.completed(lane) - lane.iteration
             if done > lane.settled:
-                self._grow(lane, lane.phase.growth(lane.iteration + lane.settled, done - lane.settled))
+                self.grow(lane, lane.phase.growth(lane.iteration + lane.settled, done - lane.settled))
                 lane.settled = done
 
     def boundary_ns(self, instance: int) -> int:
@@ -723,69 +594,3 @@ class SimExecutor:
         self._cut(lane)
         end_ns: int = lane.item_start + lane.durations[lane.stage]
         return end_ns
-
-    def _fail_lane(self, lane: SimLane) -> None:
-        """A stage's instance is gone: the step fails, the lane empties, its requests' KV is freed everywhere."""
-        for request_id in [*lane.members, *(target.entry.request_id for target in lane.targets)]:
-            self._drop_from_dead(lane, request_id)
-        self._answer_failed(lane)
-
-    def _drop_from_dead(self, lane: SimLane, request_id: int) -> None:
-        """As a preemption, but the instance's doing: it is not counted as one."""
-        self._evict(lane, request_id, keep=False)
-        self.record.requests.num_preemptions[request_id] -= 1
-
-    def lose(self, instance: int) -> None:
-        """An instance died: fail its lanes; its memory is void (`Control` empties it).
-
-        A lane elsewhere whose requests have KV here fails its step at its last boundary and loses those requests;
-        the others stay in it.
-        """
-        for lane in list(self.lanes.values()):
-            if any(stage.instance == instance for stage in lane.stages):
-                self._halt(lane)
-                self._fail_lane(lane)
-                continue
-            hit = [request_id for request_id, placement in lane.spread.items()
-                   if any(span.instance == instance for span in placement)]
-            if hit:
-                self._halt(lane)
-                for request_id in hit:
-                    self._drop_from_dead(lane, request_id)
-                self._answer_failed(lane)
-        for other in self.instances:
-            other.remote_load = {} if other.id == instance else other.remote_load
-            if other.serving is None:
-                self._next_in_line(other, self.state.now)
-
-    def _halt(self, lane: SimLane) -> None:
-        """Forget the lane's item in progress; what a leap had completed by now stays done."""
-        lane.due = -1
-        done = self.completed(lane) - lane.iteration
-        if done > 0:
-            self._grow(lane, lane.phase.growth(lane.iteration + lane.settled, done - lane.settled))
-            lane.settled = 0
-            prefix, context = lane.prefix[lane.phase.num], lane.effective_context(lane.costs[0].skew_alphas)
-            self._note_segment(lane, lane.item_start + prefix[context + done] - prefix[context], done)
-            lane.iteration += done
-            lane.ran += done
-        if lane.command_id is None:
-            return
-        for foot in lane.feet:
-            foot.active -= 1
-            if foot.serving is lane:
-                foot.serving = None
-            if lane in foot.fifo:
-                foot.fifo.remove(lane)
-
-    def _answer_failed(self, lane: SimLane) -> None:
-        if lane.command_id is not None:
-            event = StepDone(lane.command_id, lane.id, Status.FAILED, lane.ran - lane.step_from, lane.iteration,
-                             (), tuple(lane.prefilled))  # fmt: skip
-            self.record.num_iterations += event.iterations
-            self.state.ready.append(event)
-        command_id, lane.command_id = lane.command_id, None
-        lane.prefilled.clear()
-        self.moves.step_ended(lane, command_id)
-        if lane.id in self.control.creditors:
-            self.control.unload(lane)

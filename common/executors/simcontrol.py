@@ -387,7 +387,7 @@ class Control:
         self._fail_start(instance, Status.FAILED)
         if was_up:
             self.executor.moves.lose(instance)
-            self.executor.lose(instance)
+            self.executor.losses.lose(instance)
             for request_id in list(state.held):
                 for held in list(state.held.get(request_id, ())):
                     if held.instance == instance:

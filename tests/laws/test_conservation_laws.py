@@ -244,7 +244,7 @@ def test_the_draws_reach_what_the_laws_are_about():
             "hit": any(columns.cached_tokens),
             "resumed with a hit": any(
                 entry.shared and columns.num_preemptions[entry.request_id] and entry.target >
-                outcome.executor._prompt[entry.request_id] for step in steps for entry in step.add),
+                outcome.executor.members.prompt[entry.request_id] for step in steps for entry in step.add),
             "lost in mid-step": any(isinstance(event, StepDone) and event.status for _, event, _ in outcome.trace),
             "evicted": any(isinstance(command, FreeSpan) and command.cached_blocks
                            for *_, commands in outcome.trace for command in commands),
