@@ -77,7 +77,7 @@ def _sample_ns(config: RunConfig, workload: Any) -> int:
     if config.run.sample_ms is not None:
         return max(1, int(config.run.sample_ms * 1e6))
     span = int(workload.arrival_ns.max()) if workload.num_requests else 0
-    return max(span // 1000, 50_000_000)
+    return max(span // 600, 50_000_000)
 
 
 @contextmanager

@@ -37,10 +37,12 @@ def drive(
                 for gauge in policy.gauges():
                     record.timeline.sample(now_ns, gauge)
                 record.segments.flush(FLUSH_BYTES)
+                record.timeline.flush(FLUSH_BYTES)
                 next_sample = now_ns - now_ns % sample_ns + sample_ns
                 if progress is not None:
                     progress(now_ns)
     finally:
         record.segments.flush()
+        record.timeline.flush()
         record.num_events += num_events
         record.num_commands += num_commands

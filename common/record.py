@@ -37,6 +37,14 @@ class RequestColumns:
         return cls(never[:], never[:], never[:], zero[:], zero[:], zero[:], zero[:], zero[:], zero[:], never[:])
 
 
+def _unpack(packed: bytearray, columns: list[array[int]], at_least: int) -> None:
+    if len(packed) >= at_least:
+        rows = array("q", bytes(packed))
+        for index, column in enumerate(columns):
+            column.extend(rows[index :: len(columns)])
+        packed.clear()
+
+
 SEGMENT_COLUMNS = ("start_ns", "end_ns", "lane", "instance", "iterations", "decodes", "prefill_tokens")
 pack_segment = Struct(f"{len(SEGMENT_COLUMNS)}q").pack  # in this order
 
@@ -57,12 +65,11 @@ class SegmentColumns:
 
     def flush(self, at_least: int = 1) -> None:
         """Move `packed` rows (one append each, which is faster) into the columns once they are that many bytes."""
-        if len(self.packed) >= at_least:
-            columns = [getattr(self, name) for name in SEGMENT_COLUMNS]
-            rows = array("q", bytes(self.packed))
-            for index, column in enumerate(columns):
-                column.extend(rows[index :: len(columns)])
-            self.packed.clear()
+        _unpack(self.packed, [getattr(self, name) for name in SEGMENT_COLUMNS], at_least)
+
+
+TIMELINE_COLUMNS = ("time_ns", *Gauge._fields)
+_pack_sample = Struct(f"{len(TIMELINE_COLUMNS)}q").pack  # in this order
 
 
 @dataclass(slots=True)
@@ -79,19 +86,15 @@ class TimelineColumns:
     kv_lent_blocks: array[int] = field(default_factory=_column)
     kv_borrowed_blocks: array[int] = field(default_factory=_column)
     param_bytes: array[int] = field(default_factory=_column)
+    packed: bytearray = field(default_factory=bytearray)  # rows not yet in the columns
 
     def sample(self, now_ns: int, gauge: Gauge) -> None:
         """Append one row."""
-        self.time_ns.append(now_ns)
-        self.instance.append(gauge.instance)
-        self.running.append(gauge.running)
-        self.waiting.append(gauge.waiting)
-        self.kv_used_blocks.append(gauge.kv_used_blocks)
-        self.kv_capacity_blocks.append(gauge.kv_capacity_blocks)
-        self.kv_cached_blocks.append(gauge.kv_cached_blocks)
-        self.kv_lent_blocks.append(gauge.kv_lent_blocks)
-        self.kv_borrowed_blocks.append(gauge.kv_borrowed_blocks)
-        self.param_bytes.append(gauge.param_bytes)
+        self.packed += _pack_sample(now_ns, *gauge)
+
+    def flush(self, at_least: int = 1) -> None:
+        """Move packed rows into the columns once they are that many bytes."""
+        _unpack(self.packed, [getattr(self, name) for name in TIMELINE_COLUMNS], at_least)
 
 
 @dataclass(slots=True)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from common.errors import ConfigError
 from common.metrics import Ints, Requests, as_numpy, num_up
 from common.provenance import git_state, package_versions, runtime_label
-from common.record import SEGMENT_COLUMNS, MoveColumns, RunRecord
+from common.record import SEGMENT_COLUMNS, TIMELINE_COLUMNS, MoveColumns, RunRecord
 from common.runs import MANIFEST, LoadedRun, load_run
 from common.types import RequestStatus
 
@@ -229,7 +229,7 @@ def timeline_columns(record: RunRecord) -> dict[str, Any]:
     """Columns of timeline.parquet: the samples, what had crossed each instance's links, and instances up."""
     timeline = record.timeline
     time_ns, instance = as_numpy(timeline.time_ns), as_numpy(timeline.instance)
-    names = [name for name in timeline.__slots__ if name not in ("time_ns", "instance")]
+    names = [name for name in TIMELINE_COLUMNS if name not in ("time_ns", "instance")]
     spans = [span for spans in record.up_intervals.values() for span in spans]
     begin, end = np.array(spans or [(0, 0)], np.int64).T
     end = np.where(end < begin, np.iinfo(np.int64).max, end)

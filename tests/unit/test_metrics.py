@@ -147,6 +147,7 @@ def test_cluster_metrics() -> None:
     for now, used in ((0, 10), (4, 30)):
         record.timeline.sample(now * S, Gauge(0, 1, 2, used, 100))
         record.timeline.sample(now * S, Gauge(1, 0, 0, 0, 100))
+    record.timeline.flush()
     record.up_intervals = {0: [(0, 10 * S)], 1: [(5 * S, -1)]}  # -1: still up
     out = summarize(record, Slo(), num_gpus_per_instance=2)
     assert out["mean_kv_utilisation"] == pytest.approx((4 * 0.05 + 6 * 0.15) / 10)

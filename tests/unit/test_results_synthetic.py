@@ -32,6 +32,7 @@ def synthetic_record(
         _serve(record, instance, list(range(instance, num_requests, num_instances)), outputs, blocks, rows)
     for now_ns, gauge in sorted(rows):
         record.timeline.sample(now_ns, gauge)
+    record.timeline.flush()
     record.end_ns = max(requests.finish_ns)
     record.up_intervals = {i: [(0, record.end_ns)] for i in range(num_instances)}
     return record
@@ -103,6 +104,7 @@ def random_record(num_requests: int, num_segments: int, seed: int = 0) -> RunRec
     for now_ns in range(0, int(arrival[-1]), max(int(arrival[-1]) // 2000, 1)):
         for instance in range(4):
             record.timeline.sample(now_ns, Gauge(instance, 10, 3, 500 + now_ns % 300, 1000))
+    record.timeline.flush()
     record.up_intervals = {i: [(0, record.end_ns)] for i in range(4)}
     return record
 
