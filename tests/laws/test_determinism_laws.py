@@ -52,7 +52,8 @@ def interpreter(version: str) -> str | None:
     candidates = [shutil.which(f"python{version}")]
     candidates += [str(path) for path in sorted(Path.home().glob(f".pyenv/versions/{version}*/bin/python{version}"))]
     for candidate in candidates:
-        if candidate and not subprocess.run([candidate, "-c", ""], capture_output=True).returncode:
+        env = {"PATH": os.environ["PATH"]}  # as `digest` runs it: a version manager's shim may need more
+        if candidate and not subprocess.run([candidate, "-c", ""], env=env, capture_output=True).returncode:
             return candidate
     return None
 
