@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from common.cost.filling import axis_of, concat, fastest, fill, fill_times, lattice
-from common.cost.grids import FOLDER, Grid, pack
+from common.cost.filling import axis_of, between, blend, concat, fastest, fill, fill_times, lattice, pool_heads
+from common.cost.grids import FOLDER, Array, Grid, pack
 from common.cost.roofline import LAUNCH_NS, Roof
 from common.cost.sources import SOURCES, Source
 from common.cost.table import Table
@@ -46,6 +46,8 @@ def fit_linear(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[Any
     for i, j in np.argwhere(measured):
         logs[:, i, j] = fill(logs[:, i, j], [m])
     if measured.mean() > DENSE:
+        count = np.broadcast_to(np.arange(float(len(m)))[:, None, None], logs.shape)
+        logs = blend(logs, [between(logs, 1, n), between(logs, 2, k)], count)
         logs = fill(logs, [m, n, k], axes_used=(1, 2))
         measured[:] = True
     times = np.minimum(np.exp(logs) * ideal, LONGEST_NS)
@@ -60,23 +62,38 @@ def _heads(table: Table) -> npt.NDArray[np.int64]:
     return np.unique(pairs, axis=0)
 
 
+Ideal = Callable[[Array, Array, Array, Array], Array]  # roofline of (batch, length or context, heads, KV heads)
+
+
+def _fit_heads(table: Table, length: str, ideal_of: Ideal, diagonal: bool) -> tuple[list[Array], Array]:
+    """Axes (batch, length) and times of head configurations x batch x length: holes are filled across heads first,
+    then, where no neighbour is, within a head configuration."""
+    axes = [axis_of(table, name) for name in ("batch", length, "heads", "kv_heads")]
+    ideal = ideal_of(*np.ix_(*axes))
+    times = pool_heads(lattice(table, axes), ideal, axes)
+    heads = _heads(table)
+    rows = [np.searchsorted(axis, column) for axis, column in zip(axes[2:], heads.T)]
+    out = [fill_times(times[:, :, i, j], ideal[:, :, i, j], axes[:2], diagonal) for i, j in zip(*rows)]
+    return axes[:2], np.minimum(np.array(out), LONGEST_NS)
+
+
 def fit_prefill(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[Any]]:
     """Head configurations x batch x prompt length, nothing cached."""
     table = concat(tables)
     if table is None:
         return {}
-    batch, length, out, heads = axis_of(table, "batch"), axis_of(table, "length"), [], _heads(table)
-    for h, kv in heads:
-        part = table.take((table.column("heads") == h) & (table.column("kv_heads") == kv))
-        part = Table("", ("batch", "length"), part.keys[:, :2], part.time_ns)
-        tokens = batch[:, None] * length[None, :]
-        ideal = roof.prefill_work(tokens, tokens * (length[None, :] + 1) / 2, int(h), int(kv), HEAD_DIM)
-        out.append(np.minimum(fill_times(lattice(part, [batch, length]), ideal, [batch, length]), LONGEST_NS))
+
+    def ideal(batch: Array, length: Array, heads: Array, kv: Array) -> Array:
+        tokens = batch * length
+        work: Array = roof.prefill_work(tokens, tokens * (length + 1) / 2, heads, kv, HEAD_DIM)
+        return work
+
+    axes, times = _fit_heads(table, "length", ideal, False)
     return {
-        "pre_heads": heads.astype(np.int32),
-        "pre_batch": batch.astype(np.int32),
-        "pre_length": length.astype(np.int32),
-        "pre": pack(np.array(out)),
+        "pre_heads": _heads(table).astype(np.int32),
+        "pre_batch": axes[0].astype(np.int32),
+        "pre_length": axes[1].astype(np.int32),
+        "pre": pack(times),
     }
 
 
@@ -85,17 +102,17 @@ def fit_decode(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[Any
     table = concat(tables)
     if table is None:
         return {}
-    batch, kv_axis, out, heads = axis_of(table, "batch"), axis_of(table, "kv"), [], _heads(table)
-    for h, kv in heads:
-        part = table.take((table.column("heads") == h) & (table.column("kv_heads") == kv))
-        part = Table("", ("batch", "kv"), part.keys[:, :2], part.time_ns)
-        ideal = roof.decode(batch[:, None], kv_axis[None, :], int(h), int(kv), HEAD_DIM)
-        out.append(np.minimum(fill_times(lattice(part, [batch, kv_axis]), ideal, [batch, kv_axis], True), LONGEST_NS))
+
+    def ideal(batch: Array, context: Array, heads: Array, kv: Array) -> Array:
+        work: Array = roof.decode(batch, context, heads, kv, HEAD_DIM)
+        return work
+
+    axes, times = _fit_heads(table, "kv", ideal, True)
     return {
-        "dec_heads": heads.astype(np.int32),
-        "dec_batch": batch.astype(np.int32),
-        "dec_context": kv_axis.astype(np.int32),
-        "dec": pack(np.array(out)),
+        "dec_heads": _heads(table).astype(np.int32),
+        "dec_batch": axes[0].astype(np.int32),
+        "dec_context": axes[1].astype(np.int32),
+        "dec": pack(times),
     }
 
 

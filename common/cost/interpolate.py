@@ -80,6 +80,20 @@ def nearest_heads(table: Array, heads: int, kv_heads: int) -> tuple[int, tuple[i
     return row, (int(table[row, 0]), int(table[row, 1]))
 
 
+def head_weights(table: Array, heads: int, kv_heads: int) -> tuple[Rows, Array]:
+    """Rows of measured head configurations and their weights: the configuration itself, else log-linear between
+    those with the same KV heads and fewer and more heads, else the nearest."""
+    same = np.flatnonzero(table[:, 1] == kv_heads)
+    below, above = same[table[same, 0] <= heads], same[table[same, 0] >= heads]
+    if not len(below) or not len(above):
+        return np.array([nearest_heads(table, heads, kv_heads)[0]], dtype=np.intp), np.ones(1)
+    low, high = below[np.argmax(table[below, 0])], above[np.argmin(table[above, 0])]
+    if low == high:
+        return np.array([low], dtype=np.intp), np.ones(1)
+    share = math.log(heads / table[low, 0]) / math.log(table[high, 0] / table[low, 0])
+    return np.array([low, high], dtype=np.intp), np.array([1.0 - share, share])
+
+
 def longer_chunks(lattice: Lattice) -> Lattice:
     """Double the longest chunk three times: it costs its halves, one behind the other."""
     x, y, rows = list(lattice.x), lattice.y, list(lattice.time_ns)

@@ -13,12 +13,13 @@ Rules, the same for every card:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from common.cost.grids import Array, Grid, load_grid
-from common.cost.interpolate import Lattice, far, longer_chunks, nearest_heads, shape_weights
+from common.cost.interpolate import Lattice, far, head_weights, longer_chunks, nearest_heads, shape_weights
 from common.cost.roofline import LAUNCH_NS, Roof
 from common.cost.specs import HardwareSpec
 
@@ -130,6 +131,30 @@ class Operators:
 
     # -- attention
 
+    def _from_heads(
+        self,
+        table: str,
+        heads: int,
+        kv_heads: int,
+        target: Array,
+        work_of: Callable[[int, int], Array],
+        first: bool = False,
+    ) -> Array:
+        """A table of times at (heads, kv_heads): the measured configurations around it, each scaled to its work, as
+        their weighted geometric mean. `first`: only the first batch size."""
+        configurations = self.grid.arrays[table.split("_")[0] + "_heads"]
+        rows, weights = head_weights(configurations, heads, kv_heads)
+        times = self.grid.times(table)
+        scaled = []
+        for row in rows:
+            one = times[row][0] if first else times[row]
+            h, kv = configurations[row].tolist()
+            scaled.append(self._rescale(one, work_of(h, kv), target, float(one.min())))
+        if len(scaled) == 1:
+            return scaled[0]
+        mean: Array = np.exp(weights @ np.log(scaled).reshape(len(scaled), -1)).reshape(scaled[0].shape)
+        return mean
+
     def prefill(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         """A chunk of x tokens behind y cached ones, alone in its batch."""
         in_engine = self.grid.has("mix")
@@ -159,12 +184,12 @@ class Operators:
     def _kernel_prefill(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         """Prompts without a cache are measured; a cached context adds its pairs at the rate of the longest prompt."""
         grid, source = self.grid, self._source_roof(self.grid)
-        row, (h, _) = nearest_heads(grid.arrays["pre_heads"], heads, kv_heads)
         x = grid.knots("pre_length")
-        times = grid.times("pre")[row][0]
         own = x * (x + 1) / 2
         target = _query_work(self.roof, grid, x, own, heads, head_dim)
-        alone = self._rescale(times, _query_work(source, grid, x, own, h, 128), target, float(times.min()))
+        alone = self._from_heads(
+            "pre", heads, kv_heads, target, lambda h, _: _query_work(source, grid, x, own, h, 128), first=True
+        )
         rate = alone[-1] / own[-1]  # ns per query-key pair when the card is full
         rows = x
         if grid.meta["kernel"] == "fa2":  # without split KV, few query tiles leave multiprocessors idle
@@ -179,13 +204,13 @@ class Operators:
         grid, source = self.grid, self._source_roof(self.grid)
         if not grid.has("pre"):
             return None
-        row, (h, _) = nearest_heads(grid.arrays["pre_heads"], heads, kv_heads)
         x, y = grid.knots("pre_batch"), grid.knots("pre_length")
-        times = grid.times("pre")[row]
         tokens = x[:, None] * y[None, :]
         pairs = tokens * (y[None, :] + 1) / 2
         target = _query_work(self.roof, grid, tokens, pairs, heads, head_dim)
-        scaled = self._rescale(times, _query_work(source, grid, tokens, pairs, h, 128), target, float(times.min()))
+        scaled = self._from_heads(
+            "pre", heads, kv_heads, target, lambda h, _: _query_work(source, grid, tokens, pairs, h, 128)
+        )
         roof = self.roof.prefill(tokens, pairs, heads, kv_heads, head_dim)
         return Lattice(x, y, np.maximum(scaled, roof))
 
@@ -193,14 +218,17 @@ class Operators:
         """x decodes of y tokens of context each, alone in their batch."""
         grid, source = self.grid, self._source_roof(self.grid)
         prefix = "mix" if grid.has("mix") else "dec"
-        row, (h, kv) = nearest_heads(grid.arrays[f"{prefix}_heads"], heads, kv_heads)
         x, y = grid.knots(f"{prefix}_batch"), grid.knots(f"{prefix}_context")
-        times = grid.times("mix_dec" if prefix == "mix" else "dec")[row]
         target = self.roof.decode(x[:, None], y[None, :], heads, kv_heads, head_dim)
-        scaled = self._rescale(times, source.decode(x[:, None], y[None, :], h, kv, 128), target, float(times.min()))
+        table = "mix_dec" if prefix == "mix" else "dec"
+        scaled = self._from_heads(
+            table, heads, kv_heads, target, lambda h, kv: source.decode(x[:, None], y[None, :], h, kv, 128)
+        )
         scaled = np.maximum(scaled, target)
         x = np.append(x, 4 * x[-1])
-        return far(Lattice(x, y, np.vstack([scaled, 4 * scaled[-1:]])))
+        whole = far(Lattice(x, y, np.vstack([scaled, 4 * scaled[-1:]])))
+        roof = self.roof.decode(x[:, None], whole.y[None, :], heads, kv_heads, head_dim)  # also where it is continued
+        return Lattice(x, whole.y, np.maximum(whole.time_ns, roof))
 
     def mixing(self, heads: int, kv_heads: int, head_dim: int = 128) -> Mixing | None:
         """How chunk and decodes disturb each other in one kernel; None where the kernel (3rd generation) adds them.

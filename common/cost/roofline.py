@@ -45,7 +45,7 @@ class Roof:
         moved = 2.0 * DTYPE_BYTES * (heads + kv_heads) * head_dim * tokens
         return self.prefill(tokens, pairs, heads, kv_heads, head_dim) + moved / self.bytes_per_ns
 
-    def decode(self, batch: Any, context: Any, heads: int, kv_heads: int, head_dim: int) -> Any:
+    def decode(self, batch: Any, context: Any, heads: Any, kv_heads: Any, head_dim: int) -> Any:
         """`batch` single queries, each over `context` tokens of its own KV."""
         tokens = 1.0 * batch * context
         return self.time(4.0 * heads * head_dim * tokens, 2.0 * DTYPE_BYTES * kv_heads * head_dim * tokens)

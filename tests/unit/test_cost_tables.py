@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 
 from common.cost import fit, validate
-from common.cost.filling import concat, fill, fill_times, lattice
+from common.cost.filling import between, blend, concat, fill, fill_times, lattice, same_blocks
 from common.cost.grids import load_grid
+from common.cost.interpolate import head_weights, nearest_heads
 from common.cost.sources import SOURCES
 from common.cost.table import Table
 from common.cost.tables import read_tables
@@ -153,3 +154,30 @@ def test_committed_grids_are_the_fit_of_the_data(tmp_path: Path) -> None:
     committed = load_grid("rtx4090")
     assert fresh.meta == committed.meta
     assert all(np.array_equal(fresh.arrays[name], values) for name, values in committed.arrays.items())
+
+
+def test_blend_trusts_the_axis_that_predicts() -> None:
+    x = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+    smooth, rough = np.log(x), np.array([0.0, 1.0, 0.0, 1.0, 0.0])
+    values = smooth[:, None] + rough[None, :]
+    known = values[2, 2]
+    values[2, 2] = np.nan
+    filled = blend(values, [between(values, 0, x), between(values, 1, x)], np.zeros_like(values))
+    assert filled[2, 2] == pytest.approx(known, abs=1e-3)
+    assert np.array_equal(filled[~np.isnan(values)], values[~np.isnan(values)])  # what was measured stays
+
+
+def test_same_blocks_are_looked_up_across_heads() -> None:
+    axes = [np.array([1.0, 2.0]), np.array([5.0]), np.array([2.0, 4.0]), np.array([1.0, 2.0])]
+    values = np.arange(8.0).reshape(2, 1, 2, 2)
+    other = same_blocks(values, axes, 2.0)
+    assert other[0, 0, 1, 1] == values[1, 0, 0, 0] and np.isnan(other).sum() == 7
+
+
+def test_heads_are_interpolated_between_equal_kv_heads() -> None:
+    heads = np.array([[8, 1], [16, 2], [32, 2], [32, 8]])
+    rows, weights = head_weights(heads, 16, 2)
+    assert rows.tolist() == [1] and weights.tolist() == [1.0]
+    rows, weights = head_weights(heads, 24, 2)
+    assert rows.tolist() == [1, 2] and weights.sum() == pytest.approx(1.0) and weights[1] > 0.5
+    assert head_weights(heads, 64, 8)[0].tolist() == [nearest_heads(heads, 64, 8)[0]]
