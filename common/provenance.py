@@ -46,14 +46,14 @@ def _commit(manifest: Mapping[str, Any]) -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the code that ran and whether tracked files differ from it; None outside a repository."""
+    """Commit of the code that ran and whether tracked files other than results differ; None outside a repository."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
         if commit.returncode:
             return {"commit": None, "dirty": None}
         dirty = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results"],
             capture_output=True,
             text=True,
             timeout=10,
