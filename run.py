@@ -9,11 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import ConfigError, KVPlaneError
+from common.errors import ConfigError, KVPlaneError, Stalled
 
 if TYPE_CHECKING:
     from common.config import RunConfig
@@ -65,8 +65,12 @@ def simulate(config: RunConfig, workload: Any) -> tuple[RunRecord, float]:
         ):
             drive(policy, seen, record, _sample_ns(config, workload), sampled)
     except KeyboardInterrupt:
-        record.partial = True
+        record.partial, record.stopped = True, "interrupted"
         executor.abandon()
+    except Stalled as error:  # every instance lost, or a policy that lost its requests: what there is, is written
+        record.partial, record.stopped = True, str(error)
+        executor.abandon()
+        print(f"warning: the run stopped early: {error}", file=sys.stderr)
     finally:
         if was_enabled:
             gc.enable()
@@ -133,6 +137,7 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
     workload = build(config.workload, config.seed)
     if not workload.num_requests:
         raise ConfigError(f"workload={config.workload_name} has no requests: {dict(workload.counts)}")
+    workload = served(workload, config.engine.max_model_len)
     workload_s = time.perf_counter() - begin
     record, simulate_s = simulate(config, workload)
     summary = {**summarize(record, config.slo, config.cluster.tp), **_context(workload, record)}
@@ -149,11 +154,26 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
         "workload_s": workload_s,
         "provenance": workload.provenance,
         "partial": record.partial,
+        "stopped": record.stopped,
     }
     manifest = folder.write(record, config_yaml=config.yaml, summary=summary, facts=facts, simulate_s=simulate_s,
                             log_segments=config.log.segments)  # fmt: skip
     _present(config, record, folder.path, summary, manifest, quiet)
     return Outcome(folder.path, summary, manifest)
+
+
+def served(workload: Any, max_model_len: int) -> Any:
+    """True outputs as this server gives them: they stop at the context window, and are then counted as clipped."""
+    import numpy as np
+
+    from workloads.types import add_counts
+
+    room = np.where(workload.prompt_tokens < max_model_len, max_model_len - workload.prompt_tokens, 1 << 40)
+    clipped = int((workload.output_tokens > room).sum())
+    if not clipped:
+        return workload
+    counts = add_counts(workload.counts, clipped_output=clipped)
+    return replace(workload, output_tokens=np.minimum(workload.output_tokens, room), counts=counts)
 
 
 def _context(workload: Any, record: RunRecord) -> dict[str, Any]:
@@ -205,7 +225,9 @@ def _sweep() -> None:
     """Hydra's multirun, its launcher and sweeper; each job is one `execute`."""
     import hydra
 
-    from common.config import CONF, from_composed
+    from common.config import CONF, compose, from_composed
+
+    failed: list[str] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(composed: Any) -> None:
@@ -214,17 +236,31 @@ def _sweep() -> None:
 
         if composed.run.name is None:
             with open_dict(composed):
-                composed.run.name = "sweep/" + (HydraConfig.get().job.override_dirname.replace("/", "-") or "base")
+                composed.run.name = f"sweep/{_job_name(HydraConfig.get().job)}"
+        elif HydraConfig.get().job.override_dirname.replace(f"run.name={composed.run.name}", ""):
+            with open_dict(composed):
+                composed.run.name = f"{composed.run.name}/{_job_name(HydraConfig.get().job)}"
         tree = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
         with open_dict(tree):
             tree.hydra = {"runtime": {"choices": dict(HydraConfig.get().runtime.choices)}}
-        execute(from_composed(tree))
+        try:
+            execute(from_composed(tree))
+        except KVPlaneError as error:  # the other jobs go on
+            failed.append(str(error))
+            print(f"error: {_job_name(HydraConfig.get().job)}: {error}", file=sys.stderr)
 
+    compose([argument for argument in sys.argv[1:] if "=" in argument and "," not in argument])  # one line, not Hydra's
     job()
+    if failed:
+        raise ConfigError(f"{len(failed)} of the sweep's jobs failed: {failed[0]}")
+
+
+def _job_name(job: Any) -> str:
+    return str(job.override_dirname).replace("/", "-") or "base"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 the user can mend it (one line on stderr), 130 interrupted."""
+    """Exit status: 0 done, 1 the run stalled, 2 the user can mend it (one line on stderr), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if any(argument in ("-h", "--help") for argument in arguments):
@@ -236,11 +272,14 @@ def main(arguments: list[str] | None = None) -> int:
 
             outcome = execute(compose(arguments))
             if outcome.manifest.get("partial"):
-                print(f"interrupted: partial results in {outcome.folder}", file=sys.stderr)
-                return 130
+                print(f"stopped early: partial results in {outcome.folder}", file=sys.stderr)
+                return 130 if outcome.manifest["stopped"] == "interrupted" else 1
     except KVPlaneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing further is written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -29,6 +29,12 @@ MATRIX: dict[str, list[str]] = {
                                      "engine.prefix_caching=true", "engine.kv_blocks=800"],
     "closed loop": ["workload=closed_loop", "workload.concurrency=24", "workload.num_requests=120"],
     "diurnal, an instance lost": ["workload=diurnal", "workload.duration_s=90", "cluster.lost=[[30,1]]"],
+    "70B at TP2": ["workload=burst", "workload.rate=2", "workload.duration_s=60", "model=llama2-70b",
+                   "hardware=a100-80g", "cluster.tp=2"],
+    "in-engine tables, uneven lengths": ["workload=burst_sharegpt", "workload.rate=4", "workload.duration_s=40",
+                                         "model=llama3.1-8b", "hardware=rtxpro6000"],
+    "L40S at TP2": ["workload=poisson", "workload.rate=3", "workload.num_requests=150", "model=llama3.1-8b",
+                    "hardware=l40s", "cluster.tp=2"],
     "long context, round robin": ["workload=long_context", "workload.num_requests=60", "system.dispatch=round_robin",
                                   "engine.max_model_len=131072"],
 }  # fmt: skip

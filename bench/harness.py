@@ -32,11 +32,11 @@ class Latencies:
 
 def run(overrides: Sequence[str]) -> tuple[RunConfig, RunRecord]:
     """Simulate one configuration in this process; nothing is written."""
-    from run import simulate
+    from run import served, simulate
     from workloads.build import build
 
     config = compose(overrides)
-    record, _ = simulate(config, build(config.workload, config.seed))
+    record, _ = simulate(config, served(build(config.workload, config.seed), config.engine.max_model_len))
     return config, record
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from workloads.config import from_mapping as load_workload
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
+MAX_NUM_SEQS = 1024  # unless given: high enough that KV memory binds first
+MAX_INSTANCES = 100_000
 GROUPS = ("system", "workload", "model", "hardware", "cluster", "runtime", "logger", "experiment")
 
 
@@ -128,7 +131,7 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
     system = _without(tree["system"], "description")
     model = dict(tree["model"])
     hf_config = model.pop("hf_config", None)
-    spec = from_hf_config(hf_config) if hf_config else load_model(_without(model, "description"))
+    spec = from_hf_config(str(hf_config)) if hf_config else load_model(_without(model, "description"))
     engine = tree["engine"]
     return RunConfig(
         system=system.pop("name"),
@@ -147,8 +150,8 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
         runtime=tree["runtime"]["name"],
         logger=tree["logger"]["kind"],
         logger_options=_without(tree["logger"], "kind", "description"),
-        log=LogOptions(**tree["log"]),
-        run=_exact(RunOptions, "run", tree["run"]),
+        log=LogOptions(**{key: _flag(f"log.{key}", value) for key, value in tree["log"].items()}),
+        run=_run_options(tree["run"]),
         seed=_integer("seed", tree["seed"], 0),
         yaml=text,
     )
@@ -185,6 +188,8 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
     for key, section in tree.items():
         if key not in known:
             raise ConfigError(f"{key} is unknown; known: {', '.join(known)}")
+        if (key in GROUPS or isinstance(base.get(key), dict)) and not (isinstance(section, dict) and section):
+            raise ConfigError(f"{key}={section!r}: this is a group of keys (see conf/)")
         for name in section if isinstance(base.get(key), dict) else ():
             if name not in base[key]:
                 raise ConfigError(f"{key}.{name} is unknown; known: {', '.join(base[key])}")
@@ -192,19 +197,29 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
 
 def _cluster(tree: dict[str, Any]) -> ClusterConfig:
     instances = _integer("cluster.num_instances", tree["num_instances"], 1)
+    if instances > MAX_INSTANCES:
+        raise ConfigError(f"cluster.num_instances={instances}: at most {MAX_INSTANCES:,} instances are simulated")
     tp = _integer("cluster.tp", tree["tp"], 1)
     per_node = _integer("cluster.gpus_per_node", tree["gpus_per_node"], 1)
     if tp > per_node:
         raise ConfigError(f"cluster.tp={tp} exceeds cluster.gpus_per_node={per_node}: an instance spans one node")
-    lost = []
-    for pair in tree["lost"]:
-        if not (isinstance(pair, list) and len(pair) == 2 and 0 <= int(pair[1]) < instances):
-            raise ConfigError(f"cluster.lost={tree['lost']}: give [[seconds, instance], …] of {instances} instances")
-        lost.append((float(pair[0]), int(pair[1])))
+    lost = _lost(tree["lost"], instances)
     control = _number("cluster.control_ms", tree["control_ms"])
     frontend = _number("cluster.frontend_ms", tree["frontend_ms"])
-    host = _maybe("cluster.host_memory_gb", tree["host_memory_gb"])
-    return ClusterConfig(instances, tp, per_node, tuple(lost), control, frontend, host)
+    host = None if tree["host_memory_gb"] is None else _number("cluster.host_memory_gb", tree["host_memory_gb"])
+    return ClusterConfig(instances, tp, per_node, lost, control, frontend, host)
+
+
+def _lost(value: object, instances: int) -> tuple[tuple[float, int], ...]:
+    way_out = f"cluster.lost={value!r}: give [[seconds, instance], …] of the {instances} instances, or []"
+    if not isinstance(value, list):
+        raise ConfigError(way_out)
+    found = []
+    for pair in value:
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], int) and 0 <= pair[1] < instances):
+            raise ConfigError(way_out)
+        found.append((_number("cluster.lost (seconds)", pair[0]), pair[1]))
+    return tuple(found)
 
 
 def _engine(tree: Mapping[str, Any], model: ModelSpec) -> EngineConfig:
@@ -215,36 +230,42 @@ def _engine(tree: Mapping[str, Any], model: ModelSpec) -> EngineConfig:
     if budget is None:
         defaults = {Rule.PREFILL_FIRST: max(longest, 2048), Rule.PREFILL_FIRST_LEGACY: 4096}
         budget = defaults.get(rule, 2048)
-    seqs = _integer("engine.max_num_seqs", tree["max_num_seqs"], 1)
-    if rule in (Rule.CHUNKED, Rule.SARATHI) and budget <= seqs:
+    given = _optional_int("engine.max_num_seqs", tree["max_num_seqs"])
+    seqs = min(MAX_NUM_SEQS, budget) if given is None else given
+    if rule in (Rule.CHUNKED, Rule.SARATHI) and budget < seqs:
         raise ConfigError(
-            f"engine.max_num_batched_tokens={budget} must exceed engine.max_num_seqs={seqs}: "
-            "every running request takes a token, and prompts need room"
+            f"engine.max_num_batched_tokens={budget} must be at least engine.max_num_seqs={seqs}: "
+            "every running request takes a token"
         )
     watermark = tree["watermark"]
     if watermark is None:
         watermark = 0.0 if rule is Rule.CHUNKED else 0.01
-    watermark = _number("engine.watermark", watermark, low=0.0)
-    if not isinstance(tree["prefix_caching"], bool):
-        raise ConfigError(f"engine.prefix_caching={tree['prefix_caching']!r}: use true or false")
+    watermark = _number("engine.watermark", watermark, high=0.9)
     return EngineConfig(
         block_size=_integer("engine.block_size", tree["block_size"], 1),
         max_num_batched_tokens=budget,
         max_num_seqs=seqs,
         rule=rule,
-        prefix_caching=tree["prefix_caching"],
+        prefix_caching=_flag("engine.prefix_caching", tree["prefix_caching"]),
         watermark=watermark,
         max_leap=_optional_int("engine.max_leap", tree["max_leap"]),
         max_model_len=longest,
     )
 
 
-def _exact(cls: Any, where: str, tree: Mapping[str, Any]) -> Any:
-    known = [field.name for field in fields(cls)]
-    for key in tree:
-        if key not in known:
-            raise ConfigError(f"{where}.{key} is unknown; known: {', '.join(known)}")
-    return cls(**tree)
+def _run_options(tree: Mapping[str, Any]) -> RunOptions:
+    sample_ms = _maybe("run.sample_ms", tree["sample_ms"])
+    if sample_ms is not None and sample_ms <= 0:
+        raise ConfigError(f"run.sample_ms={sample_ms:g}: give a period above 0 ms, or null")
+    name = None if tree["name"] is None else str(tree["name"])
+    return RunOptions(name, str(tree["results"]), _flag("run.figures", tree["figures"]),
+                      _flag("run.trace", tree["trace"]), sample_ms)  # fmt: skip
+
+
+def _flag(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}={value!r}: use true or false")
+    return value
 
 
 def _without(tree: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -261,16 +282,18 @@ def _optional_int(key: str, value: object) -> int | None:
     return None if value is None else _integer(key, value, 1)
 
 
-def _number(key: str, value: object, low: float = 0.0) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
-        raise ConfigError(f"{key}={value!r}: give a number of at least {low:g}")
+def _number(key: str, value: object, low: float = 0.0, high: float = 1e9) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(f"{key}={value!r}: give a number from {low:g} to {high:g}")
     return float(value)
 
 
 def _maybe(key: str, value: object) -> float | None:
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-        return None if value is None else float(value)
-    raise ConfigError(f"{key}={value!r}: give a number, or null")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise ConfigError(f"{key}={value!r}: give a number, or null")
+    return float(value)
 
 
 def _choice(key: str, value: object, names: Sequence[str]) -> str:

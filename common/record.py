@@ -124,4 +124,5 @@ class RunRecord:
     num_events: int = 0
     num_commands: int = 0
     num_iterations: int = 0
-    partial: bool = False  # the run was interrupted
+    partial: bool = False  # the run stopped early
+    stopped: str = ""  # why

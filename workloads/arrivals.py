@@ -10,9 +10,12 @@ import math
 
 import numpy as np
 
+from common.errors import ConfigError
 from workloads.types import Floats, Ints
 
 NS = 1_000_000_000
+MAX_SECONDS = 1e9  # thirty years, far inside 64-bit nanoseconds
+MAX_REQUESTS = 50_000_000
 Rng = np.random.Generator
 
 
@@ -26,6 +29,12 @@ def unit_gaps(rng: Rng, num: int, cv: float) -> Floats:
 
 def unit_times(rng: Rng, cv: float, num: int | None, total: float) -> Floats:
     """The first `num` points of a unit-rate renewal process, or (None) those before `total`, or both."""
+    expected = total if num is None else min(float(num), total)
+    if expected > MAX_REQUESTS:
+        raise ConfigError(
+            f"workload: {expected:.3g} requests are expected of this rate, duration and num_requests; "
+            f"at most {MAX_REQUESTS:,} are replayed in one run"
+        )
     if num is not None and math.isinf(total):
         return np.cumsum(unit_gaps(rng, num, cv))
     parts: list[Floats] = []
@@ -41,6 +50,8 @@ def unit_times(rng: Rng, cv: float, num: int | None, total: float) -> Floats:
 
 
 def to_ns(seconds: Floats) -> Ints:
+    if len(seconds) and not float(seconds.max()) < MAX_SECONDS:
+        raise ConfigError(f"workload: arrivals reach beyond {MAX_SECONDS:.0e} s; raise the rate, or lower num_requests")
     return np.rint(seconds * NS).astype(np.int64)
 
 

@@ -18,6 +18,7 @@ from common.cost.memory import check_tp, shard_kv_heads
 from common.cost.operators import Operators
 from common.cost.shapes import element_widths, linear_shapes
 from common.cost.specs import HardwareSpec, ModelSpec
+from common.errors import ConfigError
 
 
 class InstanceCost:
@@ -35,6 +36,8 @@ class InstanceCost:
         operators: Operators | None = None,
     ) -> None:
         check_tp(model, tp)
+        if model.dtype_bytes != 2:
+            raise ConfigError(f"model {model.name}: operators are measured in bf16 and fp16 only (model.dtype_bytes=2)")
         self.model, self.hardware, self.tp = model, hardware, tp
         self.num_layers = model.num_layers if num_layers is None else num_layers
         self.first, self.last = first, last

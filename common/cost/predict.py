@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -174,6 +175,10 @@ def compare(operators: Operators, tables: Iterable[Table]) -> list[Comparison]:
             regime = np.where(balance > 1, "compute", "memory")
             regime = np.where(part.time_ns < LATENCY_NS, "latency", regime)
             real = part.time_ns >= CACHED * speed_of_light(operators, part)
+            if not real.all():
+                left = int((~real).sum())
+                print(f"note: {left} of {len(real)} points of {_label(part)} are faster than the card's speed of light "
+                      "(their data was cached) and are left out", file=sys.stderr)  # fmt: skip
             signed = (predicted / part.time_ns - 1)[real]
             regime = regime[real]
             label = "lm_head" if part.get("layer") == "lm_head" else _label(part)

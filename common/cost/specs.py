@@ -198,6 +198,8 @@ def from_hf_config(path: str) -> ModelSpec:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read as a Hugging Face config.json ({error})") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file}: not a Hugging Face config.json (a JSON object is expected)")
     architecture = (config.get("architectures") or ["?"])[0]
     if architecture not in ARCHITECTURES:
         raise ConfigError(
@@ -207,11 +209,15 @@ def from_hf_config(path: str) -> ModelSpec:
 
 
 def _spec_of(config: Mapping[str, Any], family: str, file: Path) -> ModelSpec:
+    if config.get("quantization_config"):
+        raise ConfigError(f"{file}: quantised weights (quantization_config) have no measured operators; use bf16")
     try:
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])
         name = str(config.get("_name_or_path") or file.resolve().parent.name)
         dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
+        if DTYPE_BYTES.get(dtype) != 2:
+            raise ConfigError(f"{file}: dtype {dtype} has no measured operators; supported: bfloat16, float16")
         return ModelSpec(
             name=name,
             num_layers=int(config["num_hidden_layers"]),
@@ -225,8 +231,10 @@ def _spec_of(config: Mapping[str, Any], family: str, file: Path) -> ModelSpec:
             qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
             qk_norm=family == "qwen3",
             max_position=int(config.get("max_position_embeddings") or 4096),
-            dtype_bytes=DTYPE_BYTES.get(dtype, 2),
+            dtype_bytes=2,
             family=family,
         )
     except KeyError as error:
         raise ConfigError(f"{file}: key {error.args[0]!r} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{file}: a size is not a positive whole number ({error})") from None

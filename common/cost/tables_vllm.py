@@ -101,8 +101,3 @@ def _layers(frame: pd.DataFrame, rows: str, path: Path, context: dict[str, Any])
             print(f"{path}: layer {name!r} skipped", file=sys.stderr)
             continue
         yield table
-
-
-def read_skew(path: Path) -> pd.DataFrame:
-    """Uneven decode lengths: `t_mean_us`, `t_max_us`, `t_skew_us` per point."""
-    return read_frame(path)

@@ -85,11 +85,6 @@ class SimLane:
         self.followers: list[Any] = []  # by-layer copies behind the running step
         self.feet: list[Any] = []  # instances of the stages
 
-    def mean_context(self) -> int:
-        """Mean context of a decode now, counting the token being written."""
-        num = self.phase.num
-        return (self.sum_offset + num * self.iteration) // num + 1 if num else 0
-
     def effective_context(self, alphas: Sequence[float]) -> int:
         """Mean context, moved towards the longest by the batch size's alpha; it grows by exactly one an iteration."""
         num = self.phase.num

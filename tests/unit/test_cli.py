@@ -44,6 +44,24 @@ def call(tmp_path: Path, *arguments: str) -> int:
         (["engine.kv_blocks=0"], ["engine.kv_blocks"]),
         (["cost.source=vidur", "model=llama2-7b"], ["cost.source"]),
         (["workload.num_requests=0"], ["num_requests"]),
+        (["engine.watermark=inf"], ["engine.watermark"]),
+        (["engine.watermark=2"], ["engine.watermark"]),
+        (["run.sample_ms=nan"], ["run.sample_ms"]),
+        (["run.sample_ms=0"], ["run.sample_ms"]),
+        (["run.sample_ms=abc"], ["run.sample_ms"]),
+        (["run.figures=abc"], ["run.figures"]),
+        (["log.events=abc"], ["log.events"]),
+        (["cluster.lost=5"], ["cluster.lost"]),
+        (["cluster.lost=[[a,0]]"], ["cluster.lost"]),
+        (["cluster.lost=[[nan,0]]"], ["cluster.lost"]),
+        (["cluster.lost=[[1,99]]"], ["cluster.lost"]),
+        (["cluster.control_ms=inf"], ["cluster.control_ms"]),
+        (["cluster.host_memory_gb=-1"], ["cluster.host_memory_gb"]),
+        (["cluster.num_instances=1000000000"], ["cluster.num_instances"]),
+        (["engine=null"], ["engine"]),
+        (["model.hf_config=5"], ["5"]),
+        (["workload.rate=1e-300"], ["rate"]),
+        (["workload.rate=1e9", "workload.num_requests=null", "workload.duration_s=1e6"], ["requests"]),
     ],
 )
 def test_one_line_for_bad_input(
@@ -76,6 +94,46 @@ def test_broken_traces_name_file_and_row(
     assert cli.main([*arguments, f"run.results={tmp_path}", "run.name=r"]) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and all(name in error for name in names), error
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ("[]", ["JSON object"]),
+        ('{"architectures": ["GPT2LMHeadModel"]}', ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+        ('{"architectures": ["LlamaForCausalLM"], "hidden_size": "x", "num_attention_heads": 8}', ["config.json"]),
+        ('{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 0}', ["config.json"]),
+        ('{"architectures": ["LlamaForCausalLM"], "quantization_config": {"bits": 4}}', ["quantization_config"]),
+        ('{"architectures": ["LlamaForCausalLM"], "torch_dtype": "float32", "hidden_size": 64, '
+         '"num_attention_heads": 4}', ["float32"]),
+    ],
+)
+def test_bad_model_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, names: list[str]) -> None:
+    (tmp_path / "config.json").write_text(config)
+    assert call(tmp_path, f"model.hf_config={tmp_path}/config.json") == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and all(name in error for name in names), error
+
+
+def test_numeric_run_names_and_small_budgets_work(tmp_path: Path) -> None:
+    assert call(tmp_path, "run.name=20261121", "engine.max_num_batched_tokens=512") == 0
+    assert (tmp_path / "20261121" / "manifest.json").exists()
+
+
+def test_outputs_stop_at_the_context_window(tmp_path: Path) -> None:
+    lengths = ["workload.lengths=fixed", "workload.prompt_tokens=4000", "workload.output_tokens=500"]
+    assert call(tmp_path, "model=llama2-7b", *lengths) == 0
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert (summary["completed"], summary["workload_clipped_output"]) == (40, 40)
+
+
+def test_a_cluster_that_is_lost_altogether_leaves_partial_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(tmp_path, "cluster.num_instances=1", "cluster.lost=[[1,0]]") == 1
+    manifest = json.loads((tmp_path / "r" / "manifest.json").read_text())
+    assert manifest["partial"] and "live" in manifest["stopped"]
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_overlong_and_empty_requests_are_counted(tmp_path: Path) -> None:
@@ -157,3 +215,11 @@ def test_a_sweep_runs_each_job_in_its_own_folder(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("sweep/*/manifest.json"))) == 2
+
+
+def test_a_sweep_with_a_bad_job_says_so_and_runs_the_others(tmp_path: Path) -> None:
+    command = [sys.executable, "run.py", "-m", "engine.block_size=0,16", "run.name=s", *QUICK,
+               f"run.results={tmp_path}"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "engine.block_size" in done.stderr
+    assert len(list(tmp_path.glob("s/*/manifest.json"))) == 1

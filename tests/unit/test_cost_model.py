@@ -196,3 +196,39 @@ def test_operators_are_shared() -> None:
     one = cost()
     other = cost(operators=Operators(one.hardware))
     assert other.decode_ns(5, 500) == one.decode_ns(5, 500)
+
+
+def test_every_layer_has_two_all_reduces_and_the_head_gathers_its_logits() -> None:
+    """Sharded layers reduce after attention and after the MLP; the embedding reduces once more."""
+    one, other = cost(tp=2, num_layers=10, last=False), cost(tp=2, num_layers=20, last=False)
+    reduce = float(one.operators.all_reduce(2, np.array([64.0 * one.model.hidden_size * 2]))[0])
+    counted: list[float] = []
+    original = one.operators.all_reduce
+
+    def counting(tp: int, num_bytes: object) -> object:
+        counted.append(1.0)
+        return original(tp, num_bytes) * 0.0  # type: ignore[arg-type]
+
+    silent = cost(tp=2, num_layers=10, last=False)
+    silent.operators.all_reduce = counting  # type: ignore[method-assign, assignment]
+    assert one._dense_ns(64) - silent._dense_ns(64) == pytest.approx((2 * 10 + 1) * reduce, rel=1e-3)
+    assert counted and other._dense_ns(64) > one._dense_ns(64)
+    head = cost(tp=2)
+    quiet = cost(tp=2)
+    quiet.operators.all_reduce = counting  # type: ignore[method-assign, assignment]
+    assert head._head_ns(64) > quiet._head_ns(64)
+
+
+@pytest.mark.parametrize("card", ["a100-80g", "h100-80g", "l40s", "rtx4090", "rtxpro6000"])
+def test_no_single_operator_beats_the_speed_of_light(card: str) -> None:
+    """Whole iterations hide an operator behind the others: each alone must hold."""
+    ops = cost(card=card).operators
+    tokens = np.array([1.0, 8.0, 64.0, 128.0, 512.0, 2048.0, 8192.0])
+    for n, k in ((4096, 4096), (28672, 4096), (4096, 14336), (10240, 8192), (128256, 4096), (512, 8192)):
+        assert np.all(ops.linear(n, k, tokens) >= np.asarray(ops.roof.linear(tokens, n, k)) * (1 - 1e-9))
+    for batch in (1, 8, 64, 256):
+        row = cost(card=card)._row(batch)
+        for context in (128, 2048, 16384, 131072, 1_000_000):
+            model, bandwidth = cost(card=card).model, cost(card=card).hardware.mem_bandwidth
+            light = batch * context * model.kv_bytes_per_token / bandwidth * 1e9
+            assert row.attention_ns(context) >= light * (1 - 1e-6), (batch, context)

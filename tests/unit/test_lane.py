@@ -301,3 +301,25 @@ def test_after_a_loss_every_request_knows_what_it_had_said():
     seqs = bench.lane.lost(event)
     assert [(seq.request_id, seq.known, seq.computed) for seq in seqs] == [(1, 8, 0), (2, 11, 0), (3, 4, 0)]
     assert bench.lane.outstanding() == 0
+
+
+def test_a_preempted_request_finds_its_own_output_in_the_cache_when_it_resumes() -> None:
+    """With prefix caching the full blocks of prompt *and* output stay; some resume must hit beyond its prompt."""
+    import numpy as np
+
+    from common.driver import drive
+    from common.executors.sim import SimExecutor
+    from common.log import Recorder, Submitted
+    from common.record import RequestColumns, RunRecord
+    from systems.baselines.vllm import VllmPolicy
+    from tests.fakes import cluster, random_workload
+
+    workload = random_workload(np.random.default_rng(5), 60, 300, 60, 200)
+    model = cluster(1, blocks=48)
+    record = RunRecord(RequestColumns.empty(60))
+    lines: list[object] = []
+    executor = Recorder(SimExecutor(model, workload, record), lines.append)
+    drive(VllmPolicy(model.info(), EngineConfig(prefix_caching=True, max_num_seqs=32)), executor, record)
+    steps = [line.command for line in lines if isinstance(line, Submitted) and isinstance(line.command, RunStep)]
+    hits = [entry.shared - workload.prompt_tokens[entry.request_id] for step in steps for entry in step.add]
+    assert sum(record.requests.num_preemptions) > 0 and max(hits) > 0
