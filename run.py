@@ -205,6 +205,9 @@ def _present(
         print(summary_table(summary, config.run_name, config.runtime, manifest))
         if config.hardware.derived_from:
             print(f"note: {config.hardware.name} is derived from {config.hardware.derived_from}, not measured")
+        left = {key: value for key, value in summary.items() if key.startswith("workload_")}
+        if left:
+            print("input: " + ", ".join(f"{value:,} {key[9:].replace('_', ' ')}" for key, value in left.items()))
         print(f"results: {path}" + (f"   figure: {figures[0]}" if figures else ""))
 
 
@@ -249,10 +252,16 @@ def _sweep() -> None:
             failed.append(str(error))
             print(f"error: {_job_name(HydraConfig.get().job)}: {error}", file=sys.stderr)
 
-    compose([argument for argument in sys.argv[1:] if "=" in argument and "," not in argument])  # one line, not Hydra's
+    compose([_first(argument) for argument in sys.argv[1:] if "=" in argument])  # our one line, not Hydra's traceback
     job()
     if failed:
         raise ConfigError(f"{len(failed)} of the sweep's jobs failed: {failed[0]}")
+
+
+def _first(override: str) -> str:
+    """The first value of a simple sweep, to check its key: `a=1,2` is `a=1`."""
+    key, value = override.split("=", 1)
+    return override if any(mark in value for mark in "[{('\"") else f"{key}={value.split(',')[0]}"
 
 
 def _job_name(job: Any) -> str:

@@ -136,13 +136,14 @@ def test_a_cluster_that_is_lost_altogether_leaves_partial_results(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_overlong_and_empty_requests_are_counted(tmp_path: Path) -> None:
+def test_overlong_and_empty_requests_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "trace.csv").write_text("arrival,prompt,output\n0,10,5\n1,0,5\n2,900000,5\n3,20,7\n")
     arguments = ["workload=file", f"workload.path={tmp_path}/trace.csv", "workload.max_prompt_tokens=100000",
                  "run.figures=false", "run.trace=false", f"run.results={tmp_path}", "run.name=r"]  # fmt: skip
     assert cli.main(arguments) == 0
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert (summary["completed"], summary["workload_rejected_zero"], summary["workload_rejected_overlong"]) == (2, 1, 1)
+    assert "1 rejected zero, 1 rejected overlong" in capsys.readouterr().out
 
 
 def test_prompts_beyond_the_context_window_are_rejected_with_a_reason(tmp_path: Path) -> None:
@@ -215,6 +216,12 @@ def test_a_sweep_runs_each_job_in_its_own_folder(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("sweep/*/manifest.json"))) == 2
+
+
+def test_a_sweep_over_an_unknown_key_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "run.py", "-m", "engine.blok=1,2", *QUICK, f"run.results={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "engine.blok" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_sweep_with_a_bad_job_says_so_and_runs_the_others(tmp_path: Path) -> None:
