@@ -252,7 +252,11 @@ def _sweep() -> None:
             failed.append(str(error))
             print(f"error: {_job_name(HydraConfig.get().job)}: {error}", file=sys.stderr)
 
-    compose([_first(argument) for argument in sys.argv[1:] if "=" in argument])  # our one line, not Hydra's traceback
+    try:
+        compose([_first(argument) for argument in sys.argv[1:] if "=" in argument])
+    except ConfigError as error:
+        if "no such key" in str(error) or "unknown" in str(error):
+            raise  # our one line instead of Hydra's traceback; a bad value fails its own job only
     job()
     if failed:
         raise ConfigError(f"{len(failed)} of the sweep's jobs failed: {failed[0]}")
