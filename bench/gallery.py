@@ -12,8 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from bench.harness import exit_with
 from common.config import available, compose
-from common.errors import KVPlaneError, TraceError
+from common.errors import TraceError
 from common.results import replacing
 from run import execute
 
@@ -54,8 +55,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KVPlaneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.config import RunConfig, compose
+from common.errors import KVPlaneError
 from common.provenance import git_state
 from common.record import RunRecord
 from common.results import replacing
@@ -28,6 +30,16 @@ class Latencies:
     ttft: Floats
     tpot: Floats
     e2e: Floats
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Run a script's `main` and exit with its status; 2 and one line for what a user can mend."""
+    try:
+        status = main()
+    except KVPlaneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
 
 
 def run(overrides: Sequence[str]) -> tuple[RunConfig, RunRecord]:

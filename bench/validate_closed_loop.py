@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.harness import latencies, run, write_report
-from common.errors import ConfigError, KVPlaneError
+from bench.harness import exit_with, latencies, run, write_report
+from common.errors import ConfigError
 from workloads.paths import data_root
 
 POINTS = "measured/vllm_0.12_h100_qwen3-32b/closed_loop.csv"
@@ -85,8 +84,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KVPlaneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

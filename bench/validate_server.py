@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.harness import RESULTS, Latencies, compare, latencies, run, write_report
-from common.errors import ConfigError, KVPlaneError
+from bench.harness import RESULTS, Latencies, compare, exit_with, latencies, run, write_report
+from common.errors import ConfigError
 from common.record import RunRecord
 from workloads.paths import data_root
 
@@ -109,8 +108,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KVPlaneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

@@ -7,14 +7,13 @@ is the two eras of kernels (Vidur's attention was profiled in 2024; our tables i
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.harness import Latencies, compare, latencies, run, statistic, write_report
-from common.errors import ConfigError, KVPlaneError
+from bench.harness import Latencies, compare, exit_with, latencies, run, statistic, write_report
+from common.errors import ConfigError
 from workloads.paths import data_root
 
 CASES = {
@@ -115,8 +114,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KVPlaneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)
