@@ -8,7 +8,7 @@ from typing import cast
 from common.config import RunConfig
 from common.cost.memory import kv_capacity_blocks, shard_kv_heads
 from common.cost.model import InstanceCost
-from common.cost.transfer import nic, nvlink, pcie, startup_ns
+from common.cost.transfer import Link, nic, nvlink, pcie, startup_ns
 from common.errors import ConfigError
 from common.executors.cluster import ClusterModel, StageCost
 from common.executors.network import LinkSpec
@@ -48,10 +48,9 @@ def cluster_model(config: RunConfig) -> ClusterModel:
             return _vidur(config, layers)
         return InstanceCost(model, hardware, tp, layers, first, last, config.traits)
 
-    def wide(link: tuple[float, int]) -> LinkSpec:
-        return LinkSpec(link[0] * tp, link[1])  # every GPU of an instance moves its own share
+    def wide(link: Link) -> LinkSpec:
+        return LinkSpec(link.bandwidth * tp, link.latency_ns)  # every GPU of an instance moves its own share
 
-    nv, ni, pc = nvlink(hardware), nic(hardware), pcie(hardware)
     return ClusterModel(
         instances=infos,
         block_size=engine.block_size,
@@ -61,15 +60,13 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         hidden_bytes=model.hidden_bytes(1),
         query_bytes=model.query_bytes(1),
         partial_bytes=model.partial_bytes(1),
-        nvlink=wide((nv.bandwidth, nv.latency_ns)),
-        nic=wide((ni.bandwidth, ni.latency_ns)),
-        pcie=wide((pc.bandwidth, pc.latency_ns)),
+        nvlink=wide(nvlink(hardware)),
+        nic=wide(nic(hardware)),
+        pcie=wide(pcie(hardware)),
         startup_ns=startup_ns(hardware, model.param_bytes // tp),
         control_ns=int(config.cluster.control_ms * 1e6),
         frontend_ns=int(config.cluster.frontend_ms * 1e6),
         compact_bandwidth=hardware.mem_bandwidth * tp,
-        param_bytes=model.param_bytes,
-        gpus_per_instance=tp,
     )
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -179,11 +180,18 @@ def _workload_name(tree: Mapping[str, Any], chosen: str | None) -> str:
     return chosen or str(tree["kind"])
 
 
-def _check_keys(tree: Mapping[str, Any]) -> None:
-    """Keys added with Hydra's `+` are as unknown as mistyped ones (groups check their own)."""
+@cache
+def _base() -> dict[str, Any]:
+    """conf/config.yaml as it stands, read once."""
     import yaml
 
-    base = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    tree: dict[str, Any] = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    return tree
+
+
+def _check_keys(tree: Mapping[str, Any]) -> None:
+    """Keys added with Hydra's `+` are as unknown as mistyped ones (groups check their own)."""
+    base = _base()
     known = [*(key for key in base if key not in ("defaults", "hydra")), *GROUPS]
     for key, section in tree.items():
         if key not in known:

@@ -13,10 +13,6 @@ from collections.abc import Mapping
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
-MICROSECOND = 1_000
-MILLISECOND = 1_000_000
-SECOND = 1_000_000_000
-
 Piece = tuple[str, int, int]  # (source, start, length): tokens start .. start+length of a named source
 Content = tuple[Piece, ...]  # the reply of request r is the source f"gen:{r}"
 Layers = tuple[int, int]  # half-open range of decoder layers

@@ -9,9 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
-from common.cost.operators import Operators
 from common.cost.specs import HardwareSpec, ModelSpec
 
 LINK_EFFICIENCY = 0.78  # measured: 232 of 300 GB/s for 55 MB between two A100s (docs/cost-model.md)
@@ -57,11 +54,6 @@ def disk(hardware: HardwareSpec) -> Link:
 def hop_ns(model: ModelSpec, link: Link, tokens: int) -> int:
     """Hidden states of `tokens` tokens to the next pipeline stage."""
     return link.transfer_ns(model.hidden_bytes(tokens))
-
-
-def send_recv_ns(operators: Operators, num_bytes: int) -> int:
-    """A lone point-to-point copy within a node, from the measured curve (a `Link` is its two-number summary)."""
-    return int(operators.send_recv(np.array([float(num_bytes)]))[0]) if num_bytes > 0 else 0
 
 
 def swap_ns(model: ModelSpec, hardware: HardwareSpec, tokens: int, tp: int = 1) -> int:

@@ -56,8 +56,6 @@ class ClusterModel:
     compact_bandwidth: float = 1e12
     remote_service: str = "side_stream"
     stall_ns: int = 600_000_000_000
-    param_bytes: int = 0
-    gpus_per_instance: int = 1
     extra: dict[str, float] = field(default_factory=dict)
 
     def info(self) -> ClusterInfo:

@@ -32,28 +32,21 @@ from common.sched.compose import next_iteration
 from common.types import (
     Abort,
     Command,
-    CopyDone,
     Event,
     Interrupt,
-    LayersDropped,
-    LayersLoaded,
     Mark,
-    Progress,
     RequestArrived,
     RequestStatus,
     RunStep,
-    ShrinkDone,
     Stage,
     Status,
     StepDone,
-    SwapDone,
 )
 
 new_tuple = tuple.__new__  # of a NamedTuple, past its Python-level constructor: three times as fast
 assert (len(RequestArrived._fields), len(StepDone._fields)) == (7, 9), "made field by field below"
 OK = Status.OK
 FINISHED, LIVE, REJECTED = int(RequestStatus.FINISHED), int(RequestStatus.LIVE), int(RequestStatus.REJECTED)
-_REPORTS_LANES = (CopyDone, SwapDone, ShrinkDone, LayersDropped, LayersLoaded, Progress)
 
 
 class SimInstance:
@@ -145,9 +138,12 @@ class SimExecutor:
                 break
         if self.live:
             raise Stalled(f"{self.live} requests live but nothing is going on (first: {self._some_live()})")
-        self.record.end_ns = max(self.record.end_ns, state.now)
-        self.control.close()
+        self._close()
         return None
+
+    def _close(self) -> None:
+        self.record.end_ns = max(self.record.end_ns, self.state.now)
+        self.control.close()
 
     def _work_pending(self) -> bool:
         return any(UP <= item[1] <= MESSAGE for item in self.state.heap)
@@ -342,25 +338,28 @@ class SimExecutor:
         state = self.state
         return state.event_class > DONE or (state.event_class == DONE and state.event_tie > lane.id)
 
+    def _next_boundary(self, lane: SimLane) -> tuple[list[int], int, int]:
+        """Of a running leap: its prefix sums, the index of its start, and that of its first boundary to come."""
+        prefix = lane.prefix[lane.phase.num]
+        context = lane.effective_context(lane.costs[0].skew_alphas)
+        goal = self.state.now - lane.item_start + prefix[context]
+        find = bisect_right if self._strict(lane) else bisect_left
+        at: int = find(prefix, goal, context + 1, context + lane.item_iterations)
+        return prefix, context, at
+
     def _cut(self, lane: SimLane) -> None:
         """End a running leap at its first boundary that is still to come."""
         count = lane.item_iterations
         if count == 1:
             return
-        num = lane.phase.num
-        prefix = lane.prefix[num]
-        context = lane.effective_context(lane.costs[0].skew_alphas)
-        goal = self.state.now - lane.item_start + prefix[context]
-        find = bisect_right if self._strict(lane) else bisect_left
-        at = find(prefix, goal, context + 1, context + count)
+        prefix, context, at = self._next_boundary(lane)
         if at - context >= count:
             return
         lane.item_iterations = at - context
-        lane.durations[0] = prefix[at] - prefix[context]
+        lane.durations[0] = duration = prefix[at] - prefix[context]
         state = self.state
         state.sequence = lane.due = state.sequence + 1
-        end = lane.item_start + prefix[at] - prefix[context]
-        heappush(state.heap, (end, DONE, lane.id, lane.due, self._item_end, lane))
+        heappush(state.heap, (lane.item_start + duration, DONE, lane.id, lane.due, self._item_end, lane))
 
     def _item_end(self, lane: SimLane, sequence: int) -> Event | None:
         if sequence != lane.due:
@@ -548,19 +547,14 @@ class SimExecutor:
         for lane in self.lanes.values():
             for member in lane.members.values():
                 self.members.settle_generated(lane, member)
-        self.record.end_ns = max(self.record.end_ns, self.state.now)
-        self.control.close()
+        self._close()
 
     def completed(self, lane: SimLane) -> int:
         """Iterations of a lane completed by now, inside a running leap too."""
         if lane.command_id is None or lane.item_iterations == 1 or lane.chunks or lane.feet[0].serving is not lane:
             return lane.iteration
-        prefix = lane.prefix[lane.phase.num]
-        context = lane.effective_context(lane.costs[0].skew_alphas)
-        goal = self.state.now - lane.item_start + prefix[context]
-        find = bisect_right if self._strict(lane) else bisect_left
-        passed = find(prefix, goal, context + 1, context + lane.item_iterations) - 1 - context
-        completed: int = lane.iteration + passed
+        _, context, at = self._next_boundary(lane)
+        completed: int = lane.iteration + at - 1 - context
         return completed
 
     def lanes_of(self, *instances: int) -> tuple[tuple[int, int], ...]:
