@@ -71,6 +71,8 @@ class Entry(NamedTuple):
     lane, its KV parked, and the step ends (prefill-decode hand-over). `keep`: at its finish the KV stays parked
     under the request's name until a `FreeSpan`; otherwise the executor frees it. `placement` None means one open
     span per stage on that stage's instance; one that is given tiles the tokens from `shared` on, cut at block borders.
+    `cache`: its full blocks are named by content when its target is reached, and again at its end (`retain`), so that
+    others may share them while it still runs.
     `behind`: another lane of the same route whose iteration in flight computes the tokens up to `computed` (an entry
     with `sample=False`): stages serve in order of arrival, so this lane follows it without waiting for its answer.
     """
@@ -85,6 +87,7 @@ class Entry(NamedTuple):
     decode: bool = False
     placement: Placement | None = None
     behind: int | None = None
+    cache: bool = False
 
 
 # ---------------------------------------------------------------- commands
@@ -97,7 +100,7 @@ class RunStep(NamedTuple):
     means none) stay as cached blocks named by content; `park` leaves it held under the request's name. `place`
     replaces placements of requests in the lane at this boundary: what the stages' instances hold and no longer own is
     freed, elsewhere it stays held. `stages` is needed once, and again to change the route. `reclaim`: cached blocks
-    that the growth of this step may take over, in the policy's order of eviction.
+    that the joins and the growth of this step may take over where nothing is free, least recently released first.
     """
 
     command_id: int

@@ -32,8 +32,11 @@ from common.sched.compose import next_iteration
 from common.types import (
     Abort,
     Command,
+    CopySpan,
+    DropLayers,
     Event,
     Interrupt,
+    LoadLayers,
     Mark,
     RequestArrived,
     RequestStatus,
@@ -41,6 +44,7 @@ from common.types import (
     Stage,
     Status,
     StepDone,
+    SwapSpan,
 )
 
 new_tuple = tuple.__new__  # of a NamedTuple, past its Python-level constructor: three times as fast
@@ -65,6 +69,9 @@ class SimInstance:
 class SimExecutor:
     """See the module docstring. `oracle`: arrivals carry the true output length (for baselines labelled so)."""
 
+    state_type: type[SimState] = SimState
+    members_type: type[Members] = Members
+
     def __init__(
         self,
         cluster: ClusterModel,
@@ -75,7 +82,7 @@ class SimExecutor:
         faults: tuple[tuple[int, int], ...] = (),
         message_faults: Any = None,
     ) -> None:
-        self.state = SimState(cluster, record)
+        self.state = self.state_type(cluster, record)
         self.cluster = cluster
         self.record = record
         self.instances = [SimInstance(info.instance) for info in cluster.instances]
@@ -89,7 +96,7 @@ class SimExecutor:
         self._last_work = 0
         self._workload = workload
         prompt = integers(workload.prompt_tokens)
-        self.members = Members(self.state, self, prompt, integers(workload.output_tokens))
+        self.members = self.members_type(self.state, self, prompt, integers(workload.output_tokens))
         self.losses = Losses(self)
         self.generated = self.members.generated
         self._segments = record.segments.packed
@@ -539,6 +546,32 @@ class SimExecutor:
 
     def _mark(self, command: Mark) -> None:
         self.record.marks.append((self.state.now, command.instance, command.kind, command.text))
+
+    # ------------------------------------------------------------ for runtimes that have real bytes
+
+    def copied(self, command: CopySpan) -> None:
+        """The last byte of a copy has arrived; its destination is not readable yet."""
+
+    def swap_begins(self, command: SwapSpan) -> None:
+        """A swap has booked both tiers."""
+
+    def swap_ends(self, command: SwapSpan, status: Status) -> None:
+        """A swap is over; neither tier has been freed yet."""
+
+    def layers_dropped(self, command: DropLayers) -> None:
+        """A drop's remap is done."""
+
+    def layers_loaded(self, command: LoadLayers, missing: Sequence[int]) -> None:
+        """The last byte of these layers' parameters has arrived."""
+
+    def kv_resized(self, instance: int) -> None:
+        """`ShrinkKV` has set the capacity of an instance's KV range."""
+
+    def came_up(self, instance: int) -> None:
+        """An instance has started, empty."""
+
+    def died(self, instance: int) -> None:
+        """An instance is gone with all that was on it: lost, or stopped."""
 
     # ------------------------------------------------------------ for the other parts
 

@@ -350,6 +350,7 @@ class Control:
         info = state.cluster.instances[instance]
         state.memory[instance] = InstanceMemory(info)
         state.up[instance] = True
+        self.executor.came_up(instance)
         return InstanceUp(command.command_id, instance, Status.OK, info.kv_cells)
 
     def _stop_instance(self, command: StopInstance) -> None:
@@ -360,6 +361,7 @@ class Control:
                 raise ContractError(f"instance {instance} stopped while it holds KV")
             if self.executor.moves.params.reads(instance):
                 raise ContractError(f"instance {instance} stopped while a peer loads parameters from it")
+            self.executor.died(instance)
         self._fail_start(instance, Status.CANCELLED)
         ok = self._down(instance)
         state.ready.append(InstanceDown(command.command_id, instance, Status.OK if ok else Status.FAILED))
@@ -396,6 +398,7 @@ class Control:
             if memory.used != memory.cached:
                 raise ContractError(f"instance {instance} was lost but {memory.used - memory.cached} cells stay")
             state.memory[instance] = InstanceMemory(memory.info)
+            self.executor.died(instance)
         return state.ready.popleft()
 
     # ------------------------------------------------------------ timers and messages

@@ -80,7 +80,18 @@ class Members:
                     raise ContractError(
                         f"request {entry.request_id}: KV of tokens {tokens} is not (yet) on instance {stage.instance}"
                     )
-            state.memory[stage.instance].take(blocks * layers)
+            self._charge(lane, stage.instance, blocks, layers)
+
+    def _charge(self, lane: SimLane, instance: int, blocks: int, layers: int) -> None:
+        """Blocks of a join; where nothing is free they take over cached ones, as far as the step allows it."""
+        memory = self.state.memory[instance]
+        short = memory.used + blocks * layers - memory.capacity
+        if short > 0 and lane.reclaim:
+            cells = min(-(-short // layers), lane.reclaim) * layers
+            lane.reclaim -= cells // layers
+            memory.cached -= cells
+            memory.give(cells)
+        memory.take(blocks * layers)
 
     def hand_over(self, request_id: int) -> None:
         """The lane in front has computed what an entry behind it goes on from."""

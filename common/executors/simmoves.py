@@ -176,6 +176,7 @@ class Moves:
         command, state = copy.command, self.state
         del self.copies[command.command_id]
         self._detach(copy)
+        self.executor.copied(command)
         copy.dst_held.ready = True
         self._merge(copy)
         state.moved(copy.start_ns, command.src, command.dst, copy.sent_bytes, command.request_id, "copy")
@@ -317,12 +318,14 @@ class Moves:
 
         def done(_: int) -> None:
             del self.swaps[command.command_id]
+            self.executor.swap_ends(command, Status.OK)
             finish()
             state.moved(start, instance, instance, num_bytes, command.request_id, "swap")
             state.ready.append(SwapDone(command.command_id, Status.OK, num_bytes, self.executor.lanes_of(instance)))
 
         flow = Flow((("pcie", instance),), num_bytes, 0, 0, done)
         self.swaps[command.command_id] = Swap(command, flow, undo)
+        self.executor.swap_begins(command)
         self.links.send(flow, state.cluster.pcie.latency_ns)
 
     def _book_held(self, command: SwapSpan) -> tuple[Callable[[], None], Callable[[], None]] | None:
@@ -382,6 +385,7 @@ class Moves:
     def _end_swap(self, swap: Swap, status: Status) -> None:
         del self.swaps[swap.command.command_id]
         self.links.stop(swap.flow)
+        self.executor.swap_ends(swap.command, status)
         swap.undo()
         self.state.ready.append(SwapDone(swap.command.command_id, status, 0))
 

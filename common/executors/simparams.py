@@ -69,6 +69,7 @@ class Params:
             return None
         memory = self.state.memory[command.instance]
         memory.capacity = memory.full_capacity()
+        self.executor.layers_dropped(command)
         return LayersDropped(command.command_id, Status.OK, memory.capacity, self.executor.lanes_of(command.instance))
 
     # ------------------------------------------------------------ load
@@ -93,6 +94,7 @@ class Params:
             memory.loading -= missing
             for layer in missing:
                 memory.resident[layer] = True
+            self.executor.layers_loaded(command, sorted(missing))
             state.moved(start, src, instance, num_bytes, -1, "load")
             lanes = self.executor.lanes_of(instance)
             state.ready.append(LayersLoaded(command.command_id, Status.OK, memory.capacity, lanes))
@@ -115,6 +117,7 @@ class Params:
         tail = max(0, memory.capacity - command.num_cells)
         moved = min(memory.used, tail)  # at worst everything in the tail moves once
         memory.capacity = min(command.num_cells, memory.full_capacity())
+        self.executor.kv_resized(command.instance)
         delay = int(2 * moved * memory.info.cell_bytes * 1e9 / state.cluster.compact_bandwidth)
         self._at_boundary(command, delay, self._shrunk, (command, moved))
 

@@ -125,6 +125,10 @@ class CellRange:
         """Whether `allocate` will succeed."""
         return 0 <= num_runs <= self.free_runs(run_cells)
 
+    def length(self, start: int) -> int:
+        """Cells of the held run that starts there."""
+        return self._held[start]
+
     def runs(self) -> list[tuple[int, int]]:
         """(start, cells) of the held runs, ascending."""
         return sorted(self._held.items())

@@ -100,6 +100,7 @@ class LaneScheduler:
         self.num_preemptions = 0
         self._started = False
         self._next_id = lane << 32
+        self._taken_over = 0  # cached blocks that this step's joins take over
 
     # ------------------------------------------------------------ queries
 
@@ -235,6 +236,7 @@ class LaneScheduler:
             removed, retained = self._preempt()
         added: list[Entry] = []
         blocked_by_budget = False
+        self._taken_over = 0
         if self.waiting and not removed:
             blocked_by_budget = self._admit(added, out)
         if not self.running:
@@ -243,7 +245,7 @@ class LaneScheduler:
                 self.busy = True
             return
         limit = self._limit(bool(removed), blocked_by_budget)
-        reclaim = self.index.evictable_blocks if self.index is not None else 0
+        reclaim = self.index.evictable_blocks + self._taken_over if self.index is not None else 0
         if self._started:
             self._next_id += 1
             step = new_tuple(RunStep, (self._next_id, self.lane, tuple(added), removed, retained, (), (), None, None,
@@ -322,16 +324,16 @@ class LaneScheduler:
                 index.release(lease)
                 return None
             seq.lease = lease
-            if need > self.free:
+            if need > self.free:  # the join takes them over: `reclaim` covers it
                 index.evict(need - self.free)
-                for stage in self.stages:
-                    out.append(FreeSpan(stage.instance, None, cached_blocks=need - self.free))
+                self._taken_over += need - self.free
                 self.free = need
         self.free -= need
         seq.shared = hit // self.config.block_size
         seq.computed, seq.target, seq.decoding = hit, seq.known, False
         self.targets.append(seq)
-        return Entry(seq.request_id, hit, seq.known, hit, keep=index is not None)
+        caching = index is not None
+        return Entry(seq.request_id, hit, seq.known, hit, keep=caching, cache=caching)
 
     def _limit(self, preempted: bool, blocked_by_budget: bool) -> int | None:
         """Iterations after which something may have to be decided (at least one)."""

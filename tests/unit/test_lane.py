@@ -222,7 +222,7 @@ def test_a_second_request_reads_what_the_first_has_computed():
     waiting one finds them."""
     bench = Bench(10, prefix_caching=True)
     [step] = bench.submit(1, 11, (("doc", 0, 10), ("own:1", 0, 1)))
-    assert step.add == (Entry(1, 0, 11, keep=True),)
+    assert step.add == (Entry(1, 0, 11, keep=True, cache=True),)
     assert step.max_iterations == 2  # chunks of 8 and 3
     assert bench.submit(2, 12, (("doc", 0, 10), ("own:2", 0, 2))) == [Interrupt(0)]
     [step] = bench.done(1, partial=((1, 8),))
@@ -232,7 +232,7 @@ def test_a_second_request_reads_what_the_first_has_computed():
     bench.done(2, prefilled=((1, 2),))
     bench.submit(2, 12, (("doc", 0, 10), ("own:2", 0, 2)))
     [step] = bench.done(3)
-    assert step.add == (Entry(2, 8, 12, shared=8, keep=True),)
+    assert step.add == (Entry(2, 8, 12, shared=8, keep=True, cache=True),)
     assert bench.lane.free == 10 - 3 - 1  # the third block of each is its own
 
 
@@ -244,7 +244,7 @@ def test_the_last_prompt_token_is_always_computed():
     assert out == [FreeSpan(0, 1, retain=2)]
     assert (bench.lane.free, bench.lane.available(), bench.lane.used_blocks()) == (8, 10, 0)
     [step] = bench.submit(2, 8, (("doc", 0, 8),))
-    assert step.add == (Entry(2, 4, 8, shared=4, keep=True),)
+    assert step.add == (Entry(2, 4, 8, shared=4, keep=True, cache=True),)
 
 
 def test_a_reply_is_found_by_the_next_turn():
@@ -254,7 +254,7 @@ def test_a_reply_is_found_by_the_next_turn():
     bench.done(1, prefilled=((1, 1),))
     assert bench.done(5, finished=(1,))[-1] == FreeSpan(0, 1, retain=2)
     [step] = bench.submit(2, 12, (("own:1", 0, 4), ("gen:1", 0, 5), ("own:2", 0, 3)))
-    assert step.add == (Entry(2, 8, 12, shared=8, keep=True),)
+    assert step.add == (Entry(2, 8, 12, shared=8, keep=True, cache=True),)
 
 
 def test_a_preempted_request_resumes_with_what_is_left_of_its_blocks():
@@ -271,7 +271,7 @@ def test_a_preempted_request_resumes_with_what_is_left_of_its_blocks():
     out = bench.done(8, finished=(1,))
     # The first stored 11 tokens in 3 blocks: 2 stay cached, 1 is free, with which the second goes on: 8 tokens known.
     assert out[0] == FreeSpan(0, 1, retain=2)
-    assert out[-1].add == (Entry(2, 4, 8, shared=4, keep=True),)
+    assert out[-1].add == (Entry(2, 4, 8, shared=4, keep=True, cache=True),)
     assert bench.lane.free == 0
 
 
@@ -283,7 +283,8 @@ def test_cached_blocks_are_evicted_oldest_first_when_an_admission_needs_them():
     bench.done(2, finished=(2,), prefilled=((2, 2),))
     assert (bench.lane.free, bench.lane.index.cached_blocks) == (1, 3)
     out = bench.submit(3, 12, (("other", 0, 12),))
-    assert out[0] == FreeSpan(0, None, cached_blocks=2) and added(out[1]) == [(3, 0, 12)]
+    [step] = out
+    assert added(step) == [(3, 0, 12)] and step.reclaim == 3  # the two that its join takes over, and the one left
     assert bench.lane.index.match((("old", 0, 8),), 8) == 0
     assert bench.lane.index.match((("new", 0, 4),), 4) == 4
 
