@@ -210,6 +210,15 @@ class CellStore:
         if self.poison is not None:
             self.poison(named.cells[own].astype(np.int64))
 
+    def adopt(self, digest: bytes, like: Named) -> Named:
+        """Cells for a cached block that comes from another tier: those layers, under that name."""
+        scratch = RequestCells(self.num_layers)
+        scratch.reach(1)
+        self._allocate(-1, scratch, (like.run >= 0)[:, None])
+        named = Named(scratch.table[:, 0].copy(), scratch.run[:, 0].copy(), None)
+        self.named.store(digest, named)
+        return named
+
     # ------------------------------------------------------------ the range
 
     def grow(self, num_cells: int) -> None:
