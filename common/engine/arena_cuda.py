@@ -2,8 +2,8 @@
 it with a fake driver that keeps the documented rules.
 
 One reservation of addresses: slabs first, then the KV range at its longest. Physical memory is one allocation per slab
-and one for the KV range as it starts, each rounded up to the driver's granule. A drop unmaps the allocations of the
-slabs and maps the very same ones at the tail of the KV range: per layer one unmap and one map, then one grant of access.
+and one for the KV range as it starts, each rounded up to the driver's granule. A drop unmaps the slabs' allocations and
+maps the very same ones at the tail of the KV range: per layer one unmap and one map, then one grant of access.
 Why not an allocation per granule (2 MiB)? The driver charges per call, and KV comes and goes by whole layers only.
 """
 
@@ -43,9 +43,9 @@ class CudaArena(Arena):
         self._view_of = view or (lambda address, num_bytes: device_view(address, num_bytes, device))
         self._quiesce()
         super().__init__(PageBook(shape, self._driver.granule_bytes(), whole_slabs=True))
-        self._mapped: dict[int, tuple[int, int]] = {}  # offset -> (bytes, handle)
-        self._spare: list[int] = []  # handles of slab size, mapped nowhere
-        self._handles: list[int] = []  # all of them
+        self._mapped: dict[int, tuple[int, Any]] = {}  # offset -> (bytes, handle)
+        self._spare: list[Any] = []  # handles of slab size, mapped nowhere
+        self._handles: list[Any] = []  # all of them
         self._size = self.book.slabs_bytes + self.book.max_kv_bytes
         self._base = self._driver.reserve(self._size)
         try:
@@ -69,7 +69,7 @@ class CudaArena(Arena):
     def _quiesce(self) -> None:
         try:
             self._synchronize()
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # the latter: a torch without CUDA
             raise KVPlaneError(f"waiting for the CUDA device failed: {str(error).splitlines()[0]}") from error
 
     def _drop(self, layers: Layers, before: int) -> None:
@@ -99,16 +99,16 @@ class CudaArena(Arena):
 
     # ------------------------------------------------------------ allocations
 
-    def _create(self, num_bytes: int) -> int:
+    def _create(self, num_bytes: int) -> Any:
         handle = self._driver.create(num_bytes)
         self._handles.append(handle)
         return handle
 
-    def _map(self, offset: int, num_bytes: int, handle: int) -> None:
+    def _map(self, offset: int, num_bytes: int, handle: Any) -> None:
         self._driver.map(self._base + offset, num_bytes, handle)
         self._mapped[offset] = num_bytes, handle
 
-    def _unmap(self, offset: int) -> int:
+    def _unmap(self, offset: int) -> Any:
         """The handle that was mapped there."""
         num_bytes, handle = self._mapped[offset]
         self._driver.unmap(self._base + offset, num_bytes)
@@ -128,7 +128,7 @@ class CudaArena(Arena):
         """Everything goes back, whatever fails on the way: the failures."""
         failed: list[KVPlaneError] = []
 
-        def attempt(act: Callable[..., None], *args: int) -> None:
+        def attempt(act: Callable[..., None], *args: Any) -> None:
             try:
                 act(*args)
             except KVPlaneError as error:

@@ -1,4 +1,4 @@
-"""The seven driver calls that an arena needs, with one line of error each. Never run on a GPU yet (see `arena_cuda`)."""
+"""The driver calls that an arena needs, each error one line. Never run on a GPU yet: see `arena_cuda`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class CudaDriver:
         """The call's value. KVPlaneError that names the call; CapacityError when memory is what lacks."""
         try:
             status, *values = getattr(self._cu, name)(*args)
-        except Exception as error:  # the driver library itself is missing, or is too old for the call
+        except (RuntimeError, OSError, AttributeError, TypeError) as error:  # no driver, or not one that has the call
             raise KVPlaneError(f"{name} could not be called: {str(error).splitlines()[0]}") from error
         if int(status) != 0:
             kind = CapacityError if status.name == "CUDA_ERROR_OUT_OF_MEMORY" else KVPlaneError

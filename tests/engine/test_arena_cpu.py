@@ -1,5 +1,7 @@
 """The arena in host memory: pages really leave and come, and what is handed out stays safe to read."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -74,9 +76,11 @@ def test_misuse_is_refused_and_changes_nothing():
     arena = make_arena("cpu", 4, 5000, 8192, 4096)
     arena.drop((1, 3))
     state = arena.resident, arena.kv_bytes, arena.book.used_bytes
-    for bad in (lambda: arena.layer(1), lambda: arena.layer(4), lambda: arena.layer(-1), lambda: arena.drop((0, 2)),
-                lambda: arena.drop((3, 3)), lambda: arena.drop((3, 5)), lambda: arena.restore((1, 2)),
-                lambda: arena.restore((0, 1)), lambda: arena.shrink(state[1] + 1), lambda: arena.shrink(-1)):  # fmt: skip
+    bad_calls = [partial(arena.layer, index) for index in (1, 4, -1)]
+    bad_calls += [partial(arena.drop, layers) for layers in ((0, 2), (3, 3), (3, 5), (2, 1), (-1, 1))]
+    bad_calls += [partial(arena.restore, layers) for layers in ((1, 2), (0, 1), (2, 5))]
+    bad_calls += [partial(arena.shrink, num_bytes) for num_bytes in (arena.kv_bytes + 1, -1)]
+    for bad in bad_calls:
         with pytest.raises(ContractError):
             bad()
         assert state == (arena.resident, arena.kv_bytes, arena.book.used_bytes)
