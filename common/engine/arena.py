@@ -184,5 +184,6 @@ def make_arena(device: torch.device | str, num_layers: int, layer_bytes: int, kv
     if where.type == "cuda":
         from common.engine.arena_cuda import CudaArena
 
-        return CudaArena(shape, where.index or 0)
+        current = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        return CudaArena(shape, current if where.index is None else where.index)
     raise ConfigError(f"device {where}: an arena lives on cpu or cuda")

@@ -70,7 +70,7 @@ class CudaArena(Arena):
         try:
             self._synchronize()
         except (RuntimeError, AssertionError) as error:  # the latter: a torch without CUDA
-            raise KVPlaneError(f"waiting for the CUDA device failed: {str(error).splitlines()[0]}") from error
+            raise KVPlaneError(f"waiting for the CUDA device failed: {str(error).partition(chr(10))[0]}") from error
 
     def _drop(self, layers: Layers, before: int) -> None:
         book = self.book

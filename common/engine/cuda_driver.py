@@ -64,7 +64,7 @@ class CudaDriver:
         try:
             status, *values = getattr(self._cu, name)(*args)
         except (RuntimeError, OSError, AttributeError, TypeError) as error:  # no driver, or not one that has the call
-            raise KVPlaneError(f"{name} could not be called: {str(error).splitlines()[0]}") from error
+            raise KVPlaneError(f"{name} could not be called: {str(error).partition(chr(10))[0]}") from error
         if int(status) != 0:
             kind = CapacityError if status.name == "CUDA_ERROR_OUT_OF_MEMORY" else KVPlaneError
             sizes = [arg for arg in args if isinstance(arg, int) and arg > 0]
