@@ -1,0 +1,82 @@
+"""Merging partial attention: softmax over the union of disjoint key sets from (o, lse) of each set.
+
+With weights w_i = exp(lse_i - max lse), o = sum w_i o_i / sum w_i and lse = max + log(sum w_i). Taking the maximum
+out first keeps it exact however far the parts lie apart; a part with lse = -inf (no key seen) weighs nothing, and
+its o is not looked at. Natural log throughout. The order of merging changes results by rounding only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from common.errors import ContractError
+from common.kernels.plan import lse_dtype
+
+NEG_INF = float("-inf")
+
+
+def merge_into(
+    o_THD: torch.Tensor, lse_TH: torch.Tensor, index_N: torch.Tensor, o_NHD: torch.Tensor, lse_NH: torch.Tensor
+) -> None:
+    """Merge N partial results into the running ones of their tokens, in place.
+
+    `index_N` (integer) names the token of each result; a token may occur several times or not at all (then it does
+    not change, not even by a rounding). Types may differ: sums are taken in fp32, in fp64 if any part is fp64.
+    """
+    _check(o_THD, lse_TH)
+    _check(o_NHD, lse_NH)
+    if index_N.numel() == 0:
+        return
+    wide = torch.promote_types(lse_dtype(o_THD.dtype), lse_TH.dtype)
+    old_TH, new_NH, index_N = lse_TH.to(wide), lse_NH.to(wide), index_N.long()
+    top_TH = old_TH.clone().index_reduce_(0, index_N, new_NH, "amax", include_self=True)
+    base_TH = _finite(top_TH)
+    new_w_NH = torch.exp(new_NH - base_TH.index_select(0, index_N))
+    old_w_TH = torch.exp(old_TH - base_TH)
+    total_TH = old_w_TH.index_add(0, index_N, new_w_NH)
+    sum_THD = _weighted(o_THD.to(wide), old_w_TH).index_add_(0, index_N, _weighted(o_NHD.to(wide), new_w_NH))
+    o_THD.copy_(sum_THD / _nonzero(total_TH)[..., None])
+    lse_TH.copy_(base_TH + torch.log(total_TH))
+
+
+def merge(partials: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o_NHD, lse_NH) of the union from the partial results of the same N queries; types as in the first part.
+
+    Raises ContractError without any part.
+    """
+    if not partials:
+        raise ContractError("nothing to merge")
+    for o_NHD, lse_NH in partials:
+        _check(o_NHD, lse_NH)
+    wide = lse_dtype(partials[0][0].dtype)
+    lse_PNH = torch.stack([lse.to(wide) for _, lse in partials])
+    base_NH = _finite(lse_PNH.amax(dim=0))
+    total_NH = torch.zeros_like(base_NH)
+    sum_NHD = torch.zeros_like(partials[0][0], dtype=wide)
+    for (o_NHD, _), lse_NH in zip(partials, lse_PNH):
+        w_NH = torch.exp(lse_NH - base_NH)
+        total_NH += w_NH
+        sum_NHD += _weighted(o_NHD.to(wide), w_NH)
+    o_NHD, lse_NH = sum_NHD / _nonzero(total_NH)[..., None], base_NH + torch.log(total_NH)
+    return o_NHD.to(partials[0][0].dtype), lse_NH.to(partials[0][1].dtype)
+
+
+def _finite(top: torch.Tensor) -> torch.Tensor:
+    """The maximum to subtract: 0 where nothing was seen, as -inf - -inf is no number."""
+    return top.masked_fill(top == NEG_INF, 0.0)
+
+
+def _nonzero(total: torch.Tensor) -> torch.Tensor:
+    return total.masked_fill(total == 0, 1.0)
+
+
+def _weighted(o: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """o times w, and 0 where w is 0, whatever o holds there."""
+    return (o * w[..., None]).masked_fill_((w == 0)[..., None], 0.0)
+
+
+def _check(o: torch.Tensor, lse: torch.Tensor) -> None:
+    if o.ndim != 3 or lse.shape != o.shape[:2]:
+        raise ContractError(f"o {tuple(o.shape)} and lse {tuple(lse.shape)} do not belong together")
