@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.engine.arena import Arena, Remap, make_arena
 from common.engine.cells import CellStore
+from common.engine.host import make_host_pool
 from common.engine.layout import LayerLayout, LayerWeights
 from common.engine.spec import DecoderSpec
 from common.engine.weights import ParameterSource
@@ -37,25 +38,6 @@ def cell_shape(spec: DecoderSpec, block_size: int) -> tuple[int, int, int, int]:
 def cell_bytes(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one cell."""
     return math.prod(cell_shape(spec, block_size)) * dtype.itemsize
-
-
-class HostCells:
-    """The DRAM tier: cells `[C, 2, B, G, D]`, grown in powers of two as they are used; pinned beside a GPU."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> None:
-        self.shape = shape
-        self.dtype = dtype
-        self.pinned = pinned
-        self.tensor = torch.empty((0, *shape), dtype=dtype)
-
-    def ensure(self, num_cells: int) -> Tensor:
-        """The tensor, with room for that many cells."""
-        have = len(self.tensor)
-        if have < num_cells:
-            grown = torch.empty((max(num_cells, 2 * have), *self.shape), dtype=self.dtype, pin_memory=self.pinned)
-            grown[:have] = self.tensor
-            self.tensor = grown
-        return self.tensor
 
 
 class EngineInstance:
@@ -90,7 +72,7 @@ class EngineInstance:
         self._weights: dict[int, LayerWeights] = {}
         for index in range(info.num_layers):
             source.layer_into(index, self.arena.layer(index)[: self.layout.num_bytes])
-        self.host = HostCells(self._shape, dtype, device.type == "cuda")
+        self.host = make_host_pool(device, self._shape, dtype, info.host_cells * info.cell_bytes)
         self.kv = self._view()
         hbm = CellStore(info.kv_cells, info.num_layers, self._poison_hbm if poison else None)
         dram = CellStore(info.host_cells, info.num_layers, self._poison_dram if poison else None)
@@ -154,7 +136,10 @@ class EngineInstance:
 
     def cells(self, tier: Tier, highest: int = -1) -> Tensor:
         """The cells of a tier; in DRAM with room up to `highest`."""
-        return self.kv if tier is Tier.HBM else self.host.ensure(highest + 1)
+        if tier is Tier.HBM:
+            return self.kv
+        self.host.ensure(highest + 1)
+        return self.host.tensor
 
     def move_named(self, digests: list[bytes], source: Tier, goal: Tier) -> None:
         """Cached blocks that nobody reads change their tier; they are the last to be evicted there, tails first."""
@@ -162,8 +147,9 @@ class EngineInstance:
             named = self.stores[source].named.remove(digest)
             moved = self.stores[goal].adopt(digest, named)
             layers = named.run >= 0
-            self.cells(goal, int(moved.cells.max()))[torch.from_numpy(moved.cells[layers].astype(np.int64))] = (
-                self.cells(source, int(named.cells.max()))[torch.from_numpy(named.cells[layers].astype(np.int64))])  # fmt: skip
+            here, there = self.cells(source, int(named.cells.max())), self.cells(goal, int(moved.cells.max()))
+            ids = [torch.from_numpy(cells[layers].astype(np.int64)) for cells in (named.cells, moved.cells)]
+            copy_cells(here, ids[0], there, ids[1])
             self.stores[source].free_named(named)
         self.stores[goal].named.acquire(digests)
         self.stores[goal].named.release(digests)
@@ -174,13 +160,14 @@ class EngineInstance:
 
     def _poison_dram(self, cells: NDArray[np.int64]) -> None:
         if len(cells):
-            self.host.ensure(int(cells.max()) + 1)[torch.from_numpy(cells)] = math.nan
+            self.cells(Tier.DRAM, int(cells.max()))[torch.from_numpy(cells)] = math.nan
 
     def close(self) -> None:
         """Give everything back (it was stopped, or lost)."""
         self._weights.clear()
         self.kv = torch.empty((0, *self._shape), dtype=self.dtype)
         self.arena.close()
+        self.host.close()
 
 
 def move_blocks(

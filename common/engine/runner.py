@@ -7,16 +7,17 @@ own, attends over what it has, and returns `(o, lse)`; home merges. A kernel is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.engine.cells import CellStore
 from common.engine.instance import EngineInstance
-from common.engine.model import Decoder
+from common.engine.model import Attend, Decoder
 from common.engine.sampler import Draw, SamplingParams, greedy, sample
 from common.engine.weights import ParameterSource
 from common.engine.work import Batch, PlacePlan, plan_band, to_device
@@ -55,22 +56,33 @@ class StageTimes:
 class Item:
     """One iteration of a lane, from its first stage to its last."""
 
-    __slots__ = ("batch", "hidden", "ids", "rotation", "sampled")
+    __slots__ = ("batch", "hidden", "ids", "sampled")
 
     def __init__(self, batch: Batch, ids: list[int]) -> None:
         self.batch = batch
         self.ids = ids
         self.hidden: Tensor | None = None
-        self.rotation = None
         self.sampled: list[tuple[int, int]] = []  # (request, token), once the last stage has run
 
 
-@dataclass(slots=True)
-class Prepared:
-    """A band's plan on the device: home first."""
+class Place(NamedTuple):
+    """One instance's part in a band of layers, on the device: (tokens, slots) to write, (plan, queries) to attend."""
 
-    layers: Layers
-    places: list[tuple[EngineInstance, list[tuple[Tensor | None, Tensor]], list[tuple[object, Tensor | None]]]]
+    engine: EngineInstance
+    writes: list[tuple[Tensor | None, Tensor]]
+    passes: list[tuple[Any, Tensor | None]]
+
+
+def _sent(
+    place: Place, q: Tensor, k: Tensor, num_new: int, theirs: list[tuple[Tensor | None, Tensor, Tensor]], seconds: float
+) -> Remote:
+    """What a creditor's part of a layer would send: each query and each merged partial once, new K and V."""
+    queries = {int(one) for index, part, _ in theirs
+               for one in (range(len(part)) if index is None else index.tolist())}  # fmt: skip
+    one_query = q[0].numel() * q.element_size()
+    new_bytes = num_new * 2 * k[0].numel() * k.element_size()
+    back = len(queries) * (one_query + 4 * q.shape[1])
+    return Remote(place.engine.info.instance, len(queries) * one_query + new_bytes, back, seconds)
 
 
 class Runner:
@@ -94,9 +106,8 @@ class Runner:
         self.check_finite = check_finite
         device = decoder.device
         self._embedding = source.embedding().to(device)
-        self._head = source.head().to(device)
+        self._head = source.head().to(device).t()
         self._norm = source.final_norm().to(device)
-        self.num_graphs = 0
 
     @property
     def device(self) -> torch.device:
@@ -117,13 +128,11 @@ class Runner:
                 ids = torch.tensor(item.ids, dtype=torch.int64, device=self.device)
                 item.hidden = self.decoder.embed(ids, self._embedding)
             assert item.hidden is not None, "a later stage ran before the first"
-            positions = to_device(item.batch.positions(), self.device)
-            assert positions is not None
-            rotation = self.decoder.rotation(positions)
+            rotation = self.decoder.rotation(to_device(item.batch.positions(), self.device))
             for band in item.batch.bands(layers):
-                prepared = self._prepare(item.batch, home, band)
+                places = self._prepare(item.batch, home, band)
                 for layer in range(*band):
-                    attend = self._attend(prepared, layer - band[0], times)
+                    attend = self._attend(places, layer - band[0], times)
                     weights = self.instances[home].layer(layer)
                     item.hidden = self.decoder.layer(weights, item.hidden, rotation, attend)
             if layers[1] == self.decoder.spec.num_layers:
@@ -134,80 +143,78 @@ class Runner:
 
     # ------------------------------------------------------------ attention
 
-    def _prepare(self, batch: Batch, home: int, band: Layers) -> Prepared:
-        def store(instance: int):  # type: ignore[no-untyped-def]
+    def _prepare(self, batch: Batch, home: int, band: Layers) -> list[Place]:
+        def store(instance: int) -> CellStore:
             return self.instances[instance].stores[Tier.HBM]
 
-        plans = plan_band(batch, home, band, self.block_size, store)
-        return Prepared(band, [self._on_device(plan) for plan in plans])
+        return [self._on_device(plan) for plan in plan_band(batch, home, band, self.block_size, store)]
 
-    def _on_device(self, plan: PlacePlan):  # type: ignore[no-untyped-def]
+    def _on_device(self, plan: PlacePlan) -> Place:
         device = self.device
-        writes = [(to_device(write.index, device), to_device(write.slots, device)) for write in plan.writes]
-        passes = [(self.backend.plan(part.rows, device), to_device(part.index, device)) for part in plan.passes]
-        return self.instances[plan.instance], writes, passes
+        writes = [(to_device(write.tokens, device), to_device(write.slots, device)) for write in plan.writes]
+        passes = [(self.backend.plan(part.rows, device), to_device(part.queries, device)) for part in plan.passes]
+        return Place(self.instances[plan.instance], writes, passes)
 
-    def _attend(self, prepared: Prepared, layer: int, times: StageTimes) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        home, *creditors = prepared.places
+    def _write(self, place: Place, k: Tensor, v: Tensor, layer: int) -> int:
+        """Store the new KV that belongs to a place; returns how many tokens."""
+        num = 0
+        for tokens, slots in place.writes:
+            at = slots[layer] if slots.ndim == 2 else slots + layer * self.block_size
+            keys, values = (k, v) if tokens is None else (k[tokens], v[tokens])
+            write_kv(place.engine.kv, keys, values, at)
+            num += len(at)
+        return num
+
+    def _partials(self, place: Place, q: Tensor, layer: int) -> list[tuple[Tensor | None, Tensor, Tensor]]:
+        """(queries, o, lse) of each of a place's passes."""
         scale = self.decoder.spec.scale
+        return [
+            (queries, *self.backend.run(plan, q, place.engine.kv, layer, scale)) for plan, queries in place.passes
+        ]
 
-        def write(place, k: Tensor, v: Tensor) -> int:  # type: ignore[no-untyped-def]
-            instance, writes, _ = place
-            num = 0
-            for index, slots in writes:
-                at = slots[layer] if slots.ndim == 2 else slots + layer * self.block_size
-                write_kv(instance.kv, k if index is None else k[index], v if index is None else v[index], at)
-                num += len(at)
-            return num
+    def _merged(self, parts: list[tuple[Tensor | None, Tensor, Tensor]]) -> Tensor:
+        """One output from home's first pass, which has every query, and the others."""
+        (_, o, lse), *others = parts
+        for queries, part, part_lse in others:
+            index = torch.arange(len(part), device=self.device) if queries is None else queries
+            merge_into(o, lse, index, part, part_lse)
+        return o
+
+    def _attend(self, places: list[Place], layer: int, times: StageTimes) -> Attend:
+        home, *creditors = places
 
         def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            write(home, k, v)
-            instance, _, passes = home
-            o, lse = self.backend.run(passes[0][0], q, instance.kv, layer, scale)
-            for plan, index in passes[1:]:
-                merge_into(o, lse, index, *self.backend.run(plan, q, instance.kv, layer, scale))
-            return o
+            self._write(home, k, v, layer)
+            return self._merged(self._partials(home, q, layer))
 
         def together(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._wait()
             start = time.perf_counter()
-            write(home, k, v)
-            instance, _, passes = home
-            o, lse = self.backend.run(passes[0][0], q, instance.kv, layer, scale)
-            parts = [(index, *self.backend.run(plan, q, instance.kv, layer, scale)) for plan, index in passes[1:]]
+            self._write(home, k, v, layer)
+            parts = self._partials(home, q, layer)
             self._wait()
             report = LayerTimes(time.perf_counter() - start, [])
             for place in creditors:
                 start = time.perf_counter()
-                out = write(place, k, v) * 2 * k[0].numel() * k.element_size()
-                back = 0
-                sent: set[int] = set()
-                for plan, index in place[2]:
-                    part, part_lse = self.backend.run(plan, q, place[0].kv, layer, scale)
-                    parts.append((index, part, part_lse))
-                    fresh = len(part) if index is None else len(set(index.tolist()) - sent)
-                    sent |= set() if index is None else set(index.tolist())
-                    out += fresh * q[0].numel() * q.element_size()
-                    back += fresh * (part[0].numel() * part.element_size() + part_lse[0].numel() * 4)
+                num_new = self._write(place, k, v, layer)
+                theirs = self._partials(place, q, layer)
                 self._wait()
-                report.remote.append(Remote(place[0].info.instance, out, back, time.perf_counter() - start))
-            for index, part, part_lse in parts:
-                if index is None:
-                    index = torch.arange(len(part), device=self.device)
-                merge_into(o, lse, index, part, part_lse)
+                seconds = time.perf_counter() - start
+                report.remote.append(_sent(place, q, k, num_new, theirs, seconds))
+                parts += theirs
             times.layers.append(report)
-            return o
+            return self._merged(parts)
 
         return together if creditors else alone
 
     # ------------------------------------------------------------ tokens
 
     def _sample(self, item: Item) -> None:
-        rows = to_device(item.batch.sampled_rows(), self.device)
         works = [work for work in item.batch.works if work.sample]
-        assert rows is not None and item.hidden is not None
+        assert item.hidden is not None
         if not works:
             return
+        rows = to_device(item.batch.sampled_rows(), self.device)
         logits = self.decoder.logits(item.hidden[rows], self._norm, self._head)
         if self.check_finite and not bool(torch.isfinite(logits).all()):
             bad = works[int(torch.argmin(torch.isfinite(logits).all(dim=1).int()))]
@@ -216,6 +223,6 @@ class Runner:
         if self.sampling.temperature == 0.0:
             tokens = greedy(logits)
         else:
-            draws = [Draw(self.sampling, work.request_id, work.first + work.count) for work in works]
+            draws = [Draw(self.sampling, work.request_id, work.first + work.num) for work in works]
             tokens = sample(logits, draws)
         item.sampled = list(zip([work.request_id for work in works], np.asarray(tokens.cpu()).tolist()))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import pairwise
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -21,12 +22,12 @@ from common.types import Layers, Span
 
 
 class Work(NamedTuple):
-    """Tokens at positions [first, first + count) of a request. `spans` tile its KV from token 0 on, for every layer
+    """Tokens at positions [first, first + num) of a request. `spans` tile its KV from token 0 on, for every layer
     of the route; new KV goes where its position falls. `sample`: the last of them gives the next token."""
 
     request_id: int
     first: int
-    count: int
+    num: int
     sample: bool
     spans: tuple[Span, ...]
 
@@ -40,17 +41,17 @@ class Piece(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Rows that may run together. `index`: the query of each output row; None: all queries, in order."""
+    """Rows that may run together. `queries`: that of each output row; None: all queries, in order."""
 
     rows: Rows
-    index: NDArray[np.int64] | None
+    queries: NDArray[np.int64] | None
 
 
 class Write(NamedTuple):
-    """New KV for one instance. `index`: which tokens (None: all); `slots`: `[n]` of the band's first layer (layer l
+    """New KV for one instance. `tokens`: which (None: all); `slots`: `[n]` of the band's first layer (layer l
     adds l blocks), or `[L, n]`."""
 
-    index: NDArray[np.int64] | None
+    tokens: NDArray[np.int64] | None
     slots: NDArray[np.int64]
 
 
@@ -76,7 +77,7 @@ class Batch:
     def of(cls, works: Sequence[Work]) -> Batch:
         """Lay works end to end."""
         first = np.fromiter((work.first for work in works), np.int64, len(works))
-        count = np.fromiter((work.count for work in works), np.int64, len(works))
+        count = np.fromiter((work.num for work in works), np.int64, len(works))
         return cls(tuple(works), first, count, np.cumsum(count) - count)
 
     @property
@@ -91,13 +92,14 @@ class Batch:
     def sampled_rows(self) -> NDArray[np.int64]:
         """Rows whose hidden state gives a next token."""
         sample = np.fromiter((work.sample for work in self.works), bool, len(self.works))
-        return (self.start + self.count - 1)[sample]
+        rows: NDArray[np.int64] = (self.start + self.count - 1)[sample]
+        return rows
 
     def bands(self, layers: Layers) -> list[Layers]:
         """A stage's layers, cut where any placement is cut."""
         inside = {border for work in self.works if len(work.spans) > 1 for span in work.spans for border in span.layers}
         borders = [layers[0], *sorted(border for border in inside if layers[0] < border < layers[1]), layers[1]]
-        return list(zip(borders, borders[1:]))
+        return list(pairwise(borders))
 
 
 Stores = Callable[[int], CellStore]
@@ -108,7 +110,7 @@ def plan_band(batch: Batch, home: int, band: Layers, block_size: int, stores: St
     pass covers every query, some perhaps with nothing to see."""
     places: dict[int, list[list[Piece]]] = {home: [[]]}
     for index, work in enumerate(batch.works):
-        end = work.first + work.count
+        end = work.first + work.num
         seen: dict[int, int] = {}
         for span in sorted(work.spans, key=lambda span: span.token_start) if len(work.spans) > 1 else work.spans:
             if not span.layers[0] <= band[0] < span.layers[1]:
@@ -137,10 +139,11 @@ def _place(
         cells = [store.requests.get(batch.works[piece.work].request_id) for piece in pieces]
         tables = _tables(cells, start, end, band, block_size, batch, work)
         first, count = batch.first[work], batch.count[work]
-        as_int = [values.astype(np.int32) for values in (batch.start[work], count, first, start, end - start)]
+        numbers = (batch.start[work], count, first, start, end - start)
+        q_start, q_len, q_pos, kv_start, kv_len = (values.astype(np.int32) for values in numbers)
         whole = len(work) == len(batch.works)
-        index = None if whole else _tokens(batch.start[work], count)
-        plan.passes.append(Pass(Rows(*as_int, tables), index))
+        rows = Rows(q_start, q_len, q_pos, kv_start, kv_len, tables)
+        plan.passes.append(Pass(rows, None if whole else _tokens(batch.start[work], count)))
         low = np.maximum(start, first)
         new = np.maximum(end - low, 0)
         if new.any():
@@ -190,6 +193,10 @@ def _tables(
     return tables
 
 
+@overload
+def to_device(array: NDArray[np.int64], device: torch.device) -> torch.Tensor: ...
+@overload
+def to_device(array: None, device: torch.device) -> None: ...
 def to_device(array: NDArray[np.int64] | None, device: torch.device) -> torch.Tensor | None:
     """An index for a tensor there."""
     return None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

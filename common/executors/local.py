@@ -3,9 +3,9 @@ on this process's one device, each in an arena of its own; the clock stays virtu
 
 One work item runs at a time, in virtual order, never past an undelivered event. An iteration computes when it is
 served; its tokens count at its boundary. A copy's bytes move when its virtual time is over. So early reads, early
-frees and looks at a neighbour's memory change tokens, and are caught. `clock=measured`: an item takes as long as it
-really took (remote attention: as if side by side, over modelled links); `clock=modelled`: as long as the cost model says, which is the
-simulator's time to the nanosecond.
+frees and looks at a neighbour's memory change tokens, and are caught. `clock=measured`: an item takes as long as it really took
+(remote attention: as if side by side, over modelled links); `clock=modelled`: as long as the
+cost model says, which is the simulator's time to the nanosecond.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Traffic:
     messages: int = 0
     out_bytes: int = 0
     back_bytes: int = 0
-    per_iteration: list[tuple[int, int, int]] = field(default_factory=list)  # (creditor, queries + KV out, partials back)
+    per_iteration: list[tuple[int, int, int]] = field(default_factory=list)  # (creditor, bytes out, bytes back)
 
 
 class LocalExecutor(SimExecutor):
@@ -74,7 +74,8 @@ class LocalExecutor(SimExecutor):
         message_faults: Any = None,
         **options: Any,
     ) -> None:
-        super().__init__(cluster, workload, record, oracle=oracle, faults=faults, message_faults=message_faults, **options)
+        super().__init__(cluster, workload, record, oracle=oracle, faults=faults,
+                         message_faults=message_faults, **options)  # fmt: skip
         assert isinstance(self.state, LocalState)
         self.local_state: LocalState = self.state
         self.world = world
@@ -147,6 +148,28 @@ class LocalExecutor(SimExecutor):
             tokens = (tokens[0], min(tokens[1], max(ends)))
             self.books.retain(command.instance, command.request_id, tokens, command.retain)
 
+    def outputs(self) -> dict[int, list[int]]:
+        """Generated token ids of every request that has any."""
+        return {request_id: self.reply(request_id) for request_id in sorted(self.tokens)}
+
+    def report(self) -> dict[str, Any]:
+        """Device, kernels, and what remapping and remote attention really did."""
+        return {
+            **self.world.describe(),
+            "clock": "measured" if self.measured else "modelled",
+            "remaps": self.world.remaps(),
+            "remote_attention": {
+                "iterations": self.traffic.iterations,
+                "messages": self.traffic.messages,
+                "out_bytes": self.traffic.out_bytes,
+                "back_bytes": self.traffic.back_bytes,
+            },
+        }
+
+    def close(self) -> None:
+        """Give the arenas back."""
+        self.world.close()
+
     # ------------------------------------------------------------ iterations
 
     def in_flight(self, lane: SimLane) -> int:
@@ -216,7 +239,7 @@ class LocalExecutor(SimExecutor):
                 works.append(Work(entry.request_id, target.computed, chunk, last, spans))
         ids: list[int] = []
         for work in works:
-            ids += self.known(work.request_id)[work.first : work.first + work.count]
+            ids += self.known(work.request_id)[work.first : work.first + work.num]
         batch = Batch.of(works)
         assert len(ids) == batch.num_tokens, "a token is computed that nobody knows"
         return Item(batch, ids)

@@ -547,6 +547,17 @@ class SimExecutor:
     def _mark(self, command: Mark) -> None:
         self.record.marks.append((self.state.now, command.instance, command.kind, command.text))
 
+    def report(self) -> dict[str, Any]:
+        """What a runtime with real tensors tells of its engine, for the manifest; nothing here."""
+        return {}
+
+    def outputs(self) -> dict[int, list[int]] | None:
+        """Generated token ids by request; None where there are no tokens."""
+        return None
+
+    def close(self) -> None:
+        """Give back what lies outside this process's ordinary memory."""
+
     # ------------------------------------------------------------ for runtimes that have real bytes
 
     def copied(self, command: CopySpan) -> None:
