@@ -44,11 +44,12 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
 
 def run(overrides: Sequence[str]) -> tuple[RunConfig, RunRecord]:
     """Simulate one configuration in this process; nothing is written."""
-    from run import served, simulate
+    from run import replay, served
     from workloads.build import build
 
     config = compose(overrides)
-    record, _ = simulate(config, served(build(config.workload, config.seed), config.engine.max_model_len))
+    workload = served(build(config.workload, config.seed), config.engine.max_model_len)
+    record = replay(config, workload).record
     return config, record
 
 

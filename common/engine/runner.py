@@ -218,7 +218,7 @@ class Runner:
         logits = self.decoder.logits(item.hidden[rows], self._norm, self._head)
         if self.check_finite and not bool(torch.isfinite(logits).all()):
             bad = works[int(torch.argmin(torch.isfinite(logits).all(dim=1).int()))]
-            raise ContractError(f"request {bad.request_id}: NaN at position {bad.first + bad.count - 1}: KV was read "
+            raise ContractError(f"request {bad.request_id}: NaN at position {bad.first + bad.num - 1}: KV was read "
                                 "that nobody had written, or that was freed")  # fmt: skip
         if self.sampling.temperature == 0.0:
             tokens = greedy(logits)

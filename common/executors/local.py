@@ -3,9 +3,9 @@ on this process's one device, each in an arena of its own; the clock stays virtu
 
 One work item runs at a time, in virtual order, never past an undelivered event. An iteration computes when it is
 served; its tokens count at its boundary. A copy's bytes move when its virtual time is over. So early reads, early
-frees and looks at a neighbour's memory change tokens, and are caught. `clock=measured`: an item takes as long as it really took
-(remote attention: as if side by side, over modelled links); `clock=modelled`: as long as the
-cost model says, which is the simulator's time to the nanosecond.
+frees and looks at a neighbour's memory change tokens, and are caught. `clock=measured`: an item takes as long as it
+really took (remote attention: as if side by side, over modelled links). `clock=modelled`: as long as the cost model
+says, which is the simulator's time to the nanosecond.
 """
 
 from __future__ import annotations
