@@ -23,15 +23,40 @@ def merge_into(
     """Merge N partial results into the running ones of their tokens, in place.
 
     `index_N` (integer) names the token of each result; a token may occur several times or not at all (then it does
-    not change, not even by a rounding). Types may differ: sums are taken in fp32, in fp64 if any part is fp64.
+    not change, not even by a rounding). Running results start as o = 0, lse = -inf. Types may differ: sums are
+    taken in fp32, in fp64 if the running ones are fp64.
     """
     _check(o_THD, lse_TH)
     _check(o_NHD, lse_NH)
     if index_N.numel() == 0:
         return
+    index_N = index_N.long()
+    if o_THD.device.type == "cpu" and int(torch.bincount(index_N).max()) == 1:
+        _merge_distinct(o_THD, lse_TH, index_N, o_NHD, lse_NH)
+    else:
+        _merge_any(o_THD, lse_TH, index_N, o_NHD, lse_NH)
+
+
+def _merge_distinct(
+    o_THD: torch.Tensor, lse_TH: torch.Tensor, index_N: torch.Tensor, o_NHD: torch.Tensor, lse_NH: torch.Tensor
+) -> None:
+    """Each token at most once: two parts, whose weights are a sigmoid of the difference. Touches N tokens only."""
     wide = torch.promote_types(lse_dtype(o_THD.dtype), lse_TH.dtype)
-    old_TH, new_NH, index_N = lse_TH.to(wide), lse_NH.to(wide), index_N.long()
-    top_TH = old_TH.clone().index_reduce_(0, index_N, new_NH, "amax", include_self=True)
+    old_NH, new_NH = lse_TH.index_select(0, index_N).to(wide), lse_NH.to(wide)
+    w_NH = torch.sigmoid(new_NH - old_NH).masked_fill_(new_NH == NEG_INF, 0.0)[..., None]
+    old_NHD, new_NHD = o_THD.index_select(0, index_N).to(wide), o_NHD.to(wide)
+    mixed_NHD = torch.where(w_NH == 0, old_NHD, torch.lerp(old_NHD, new_NHD, w_NH))
+    o_THD.index_copy_(0, index_N, mixed_NHD.to(o_THD.dtype))
+    lse_TH.index_copy_(0, index_N, torch.logaddexp(old_NH, new_NH).to(lse_TH.dtype))
+
+
+def _merge_any(
+    o_THD: torch.Tensor, lse_TH: torch.Tensor, index_N: torch.Tensor, o_NHD: torch.Tensor, lse_NH: torch.Tensor
+) -> None:
+    """Tokens may repeat, and nobody has to look (no wait for the device). Touches all T tokens."""
+    wide = torch.promote_types(lse_dtype(o_THD.dtype), lse_TH.dtype)
+    old_TH, new_NH = lse_TH.to(wide), lse_NH.to(wide)
+    top_TH = old_TH.clone().scatter_reduce_(0, index_N[:, None].expand_as(new_NH), new_NH, "amax")
     base_TH = _finite(top_TH)
     new_w_NH = torch.exp(new_NH - base_TH.index_select(0, index_N))
     old_w_TH = torch.exp(old_TH - base_TH)
