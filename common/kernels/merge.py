@@ -1,8 +1,7 @@
 """Merging partial attention: softmax over the union of disjoint key sets from (o, lse) of each set.
 
-With weights w_i = exp(lse_i - max lse), o = sum w_i o_i / sum w_i and lse = max + log(sum w_i). Taking the maximum
-out first keeps it exact however far the parts lie apart; a part with lse = -inf (no key seen) weighs nothing, and
-its o is not looked at. Natural log throughout. The order of merging changes results by rounding only.
+With weights w_i = exp(lse_i - max lse), o = sum w_i o_i / sum w_i and lse = max + log(sum w_i): exact however far
+the parts lie apart. A part with lse = -inf (no key seen) weighs nothing, and its o is not looked at. Natural log throughout. The order of merging changes results by rounding only.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from common.errors import ContractError
 from common.kernels.plan import lse_dtype
 
 NEG_INF = float("-inf")
+Partial = tuple[torch.Tensor, torch.Tensor]
+"""o [N, H, D] and lse [N, H] of one set of keys."""
 
 
 def merge_into(
@@ -40,14 +41,12 @@ def merge_into(
 def _merge_distinct(
     o_THD: torch.Tensor, lse_TH: torch.Tensor, index_N: torch.Tensor, o_NHD: torch.Tensor, lse_NH: torch.Tensor
 ) -> None:
-    """Each token at most once: two parts, whose weights are a sigmoid of the difference. Touches N tokens only."""
+    """Each token at most once. Touches N tokens only."""
     wide = torch.promote_types(lse_dtype(o_THD.dtype), lse_TH.dtype)
-    old_NH, new_NH = lse_TH.index_select(0, index_N).to(wide), lse_NH.to(wide)
-    w_NH = torch.sigmoid(new_NH - old_NH).masked_fill_(new_NH == NEG_INF, 0.0)[..., None]
-    old_NHD, new_NHD = o_THD.index_select(0, index_N).to(wide), o_NHD.to(wide)
-    mixed_NHD = torch.where(w_NH == 0, old_NHD, torch.lerp(old_NHD, new_NHD, w_NH))
-    o_THD.index_copy_(0, index_N, mixed_NHD.to(o_THD.dtype))
-    lse_TH.index_copy_(0, index_N, torch.logaddexp(old_NH, new_NH).to(lse_TH.dtype))
+    old = o_THD.index_select(0, index_N).to(wide), lse_TH.index_select(0, index_N).to(wide)
+    o_mixed, lse_mixed = merge_two(old, (o_NHD.to(wide), lse_NH.to(wide)))
+    o_THD.index_copy_(0, index_N, o_mixed.to(o_THD.dtype))
+    lse_TH.index_copy_(0, index_N, lse_mixed.to(lse_TH.dtype))
 
 
 def _merge_any(
@@ -66,7 +65,7 @@ def _merge_any(
     lse_TH.copy_(base_TH + torch.log(total_TH))
 
 
-def merge(partials: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+def merge(partials: Sequence[Partial]) -> Partial:
     """(o_NHD, lse_NH) of the union from the partial results of the same N queries; types as in the first part.
 
     Raises ContractError without any part.
@@ -75,17 +74,18 @@ def merge(partials: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.
         raise ContractError("nothing to merge")
     for o_NHD, lse_NH in partials:
         _check(o_NHD, lse_NH)
-    wide = lse_dtype(partials[0][0].dtype)
-    lse_PNH = torch.stack([lse.to(wide) for _, lse in partials])
-    base_NH = _finite(lse_PNH.amax(dim=0))
-    total_NH = torch.zeros_like(base_NH)
-    sum_NHD = torch.zeros_like(partials[0][0], dtype=wide)
-    for (o_NHD, _), lse_NH in zip(partials, lse_PNH):
-        w_NH = torch.exp(lse_NH - base_NH)
-        total_NH += w_NH
-        sum_NHD += _weighted(o_NHD.to(wide), w_NH)
-    o_NHD, lse_NH = sum_NHD / _nonzero(total_NH)[..., None], base_NH + torch.log(total_NH)
-    return o_NHD.to(partials[0][0].dtype), lse_NH.to(partials[0][1].dtype)
+    o_NHD, lse_NH = partials[0]
+    wide = lse_dtype(o_NHD.dtype)
+    total = o_NHD.to(wide).masked_fill((lse_NH == NEG_INF)[..., None], 0.0), lse_NH.to(wide)
+    for o_part, lse_part in partials[1:]:
+        total = merge_two(total, (o_part.to(wide), lse_part.to(wide)))
+    return total[0].to(o_NHD.dtype), total[1].to(lse_NH.dtype)
+
+
+def merge_two(old: Partial, new: Partial) -> Partial:
+    """Two parts of one type; their weights are a sigmoid of the difference. `old` is 0 where its lse is -inf."""
+    w_NH = torch.sigmoid(new[1] - old[1]).masked_fill_(new[1] == NEG_INF, 0.0)[..., None]
+    return torch.where(w_NH == 0, old[0], torch.lerp(old[0], new[0], w_NH)), torch.logaddexp(old[1], new[1])
 
 
 def _finite(top: torch.Tensor) -> torch.Tensor:

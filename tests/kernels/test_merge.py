@@ -98,8 +98,10 @@ def test_minus_infinity_changes_no_bit():
     nothing = torch.full((2, 2, 8), float("nan")), torch.full((2, 2), -INF)
     merge_into(o, lse, torch.tensor([2, 0]), *nothing)
     assert torch.equal(o, o_before) and torch.equal(lse, lse_before)
-    merged = merge([(o, lse), empty(3)])
-    assert torch.equal(merged[0], o) and torch.equal(merged[1], lse)
+    nan = torch.full((3, 2, 8), float("nan")), torch.full((3, 2), -INF)
+    for parts in ([(o, lse), nan], [nan, (o, lse)], [nan, nan, (o, lse), nan]):
+        merged = merge(parts)
+        assert torch.equal(merged[0], o) and torch.equal(merged[1], lse)
 
 
 def test_tokens_without_a_part_change_no_bit():
