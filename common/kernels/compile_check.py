@@ -30,7 +30,7 @@ from common.kernels.triton_kernels import Launch
 from common.results import replacing
 
 TARGETS = {"sm_80": 80, "sm_90a": 90}
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HEAD_SIZES = (64, 128)
 GROUPS = (1, 4, 8)
 SPLITS = (1, 8, 32)

@@ -1,7 +1,8 @@
 """Merging partial attention: softmax over the union of disjoint key sets from (o, lse) of each set.
 
 With weights w_i = exp(lse_i - max lse), o = sum w_i o_i / sum w_i and lse = max + log(sum w_i): exact however far
-the parts lie apart. A part with lse = -inf (no key seen) weighs nothing, and its o is not looked at. Natural log throughout. The order of merging changes results by rounding only.
+the parts lie apart. A part with lse = -inf (no key seen) weighs nothing, and its o is not looked at. Natural log
+throughout. The order of merging changes results by rounding only.
 """
 
 from __future__ import annotations

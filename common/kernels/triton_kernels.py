@@ -188,10 +188,10 @@ class Launch(NamedTuple):
 def decode_launch(
     dtype: torch.dtype, group: int, head_size: int, block_size: int, num_splits: int, wide: bool
 ) -> Launch:
-    """Choices of `decode_kernel`."""
+    """Choices of `decode_kernel`; for fp32 they are those that do not spill."""
     constants = {
         "GROUP": group, "HEAD_DIM": head_size, "BLOCK_SIZE": block_size, "NUM_SPLITS": num_splits,
-        "BLOCK_M": max(16, triton.next_power_of_2(group)), "BLOCK_N": 32 if dtype == torch.float32 else 64,
+        "BLOCK_M": max(16, triton.next_power_of_2(group)), "BLOCK_N": 16 if dtype == torch.float32 else 64,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)), "WIDE": wide or dtype == torch.float32,
     }  # fmt: skip
     return Launch(constants, num_warps=4, num_stages=2)
@@ -204,11 +204,11 @@ def merge_launch(head_size: int, num_splits: int) -> Launch:
 
 
 def prefill_launch(dtype: torch.dtype, group: int, head_size: int, block_size: int, wide: bool) -> Launch:
-    """Choices of `prefill_kernel`."""
+    """Choices of `prefill_kernel`; for fp32 they are those that do not spill."""
     full = dtype == torch.float32
     constants = {
         "GROUP": group, "HEAD_DIM": head_size, "BLOCK_SIZE": block_size,
-        "BLOCK_M": PREFILL_TILE, "BLOCK_N": 32 if full else 64,
+        "BLOCK_M": PREFILL_TILE, "BLOCK_N": 16 if full else 64,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)), "WIDE": wide or full,
     }  # fmt: skip
-    return Launch(constants, num_warps=8 if full else 4, num_stages=2)
+    return Launch(constants, num_warps=16 if full else 4, num_stages=3 if full else 2)
