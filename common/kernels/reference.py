@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from common.errors import ContractError
-from common.kernels.merge import merge
+from common.kernels.merge import merge_two
 from common.kernels.plan import Longs, Rows, Sight, check_rows, check_tensors, lse_dtype
 
 PADDING_SHARE = 8
@@ -237,7 +237,7 @@ def _run_prefill(
         if keys.stop > keys.start:
             o_1HTD, lse_1HT = dense(q_1HTD, k_1GSD[:, :, keys], v_1GSD[:, :, keys], scale, causal)
             parts.append((o_1HTD[0].transpose(0, 1), lse_1HT[0].transpose(0, 1)))
-    o_THD, lse_TH = parts[0] if len(parts) == 1 else merge(parts)
+    o_THD, lse_TH = parts[0] if len(parts) == 1 else merge_two(*parts)
     out = slice(row.out_start, row.out_start + row.q_len)
     o_NHD[out] = o_THD.to(o_NHD.dtype)
     lse_NH[out] = lse_TH
