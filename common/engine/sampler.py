@@ -121,5 +121,4 @@ def _kept(probs: torch.Tensor, cumulative: torch.Tensor, draws: Sequence[Draw]) 
     top_k = torch.tensor([[min(draw.params.top_k or vocab, vocab)] for draw in draws], device=device)
     top_p = torch.tensor([[draw.params.top_p] for draw in draws], dtype=torch.float64, device=device)
     mass_k = cumulative.gather(1, top_k - 1)
-    last = torch.searchsorted(cumulative, mass_k * top_p).clamp_(max=vocab - 1)
-    return cumulative.gather(1, torch.minimum(last, top_k - 1))
+    return cumulative.gather(1, torch.searchsorted(cumulative, mass_k * top_p))  # at most top_k - 1
