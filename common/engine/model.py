@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from common.engine.head import Head
 from common.engine.layout import LayerWeights
 from common.engine.rope import RopeTable, Rotation, rotate
 from common.engine.spec import DecoderSpec, check_device
 
 # q_THD, k_TGD, v_TGD -> o_THD. Writes K and V where they belong and attends. Its inputs may be strided views (the last
 # dimension is always contiguous) and live until the layer ends.
+_MLP_ROWS = 512  # rows of the MLP at once on a CPU: what they need in between stays in cache
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -25,6 +27,7 @@ class Decoder:
         self.dtype = dtype or spec.dtype
         check_device(self.device, self.dtype)
         self.rope = RopeTable(spec, self.device, self.dtype)
+        self._eps = torch.tensor(spec.rms_eps, dtype=torch.float32, device=self.device)
 
     def embed(self, ids_T: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, hidden] of token ids [T], in a new tensor; `table` is [vocab, hidden]."""
@@ -45,7 +48,7 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated queries [T, H, D] and keys [T, G, D], and values [T, G, D] of a layer's input."""
         spec, tokens = self.spec, x.shape[0]
-        hidden = rms_norm(x, weights.input_norm, spec.rms_eps)
+        hidden = self.norm(x, weights.input_norm)
         if weights.qkv_bias is None:
             qkv = torch.mm(hidden, weights.qkv)
         else:
@@ -53,8 +56,8 @@ class Decoder:
         heads = qkv.view(tokens, -1, spec.head_dim)
         kv_start, v_start = spec.num_heads, spec.num_heads + spec.num_kv_heads
         if weights.q_norm is not None and weights.k_norm is not None:
-            q = rotate(rms_norm(heads[:, :kv_start], weights.q_norm, spec.rms_eps), rotation)
-            k = rotate(rms_norm(heads[:, kv_start:v_start], weights.k_norm, spec.rms_eps), rotation)
+            q = rotate(self.norm(heads[:, :kv_start], weights.q_norm), rotation)
+            k = rotate(self.norm(heads[:, kv_start:v_start], weights.k_norm), rotation)
             return q, k, heads[:, v_start:]
         qk = rotate(heads[:, :v_start], rotation)
         return qk[:, :kv_start], qk[:, kv_start:], heads[:, v_start:]
@@ -62,18 +65,21 @@ class Decoder:
     def mlp(self, weights: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         """Adds the gated MLP of `x` [T, hidden] to it, in place."""
         inner = self.spec.intermediate_size
-        gate_up = torch.mm(rms_norm(x, weights.post_norm, self.spec.rms_eps), weights.gate_up)
-        return x.addmm_(F.silu(gate_up[:, :inner]).mul_(gate_up[:, inner:]), weights.down)
+        for rows in torch.split(x, _MLP_ROWS) if self.device.type == "cpu" else (x,):
+            gate_up = torch.mm(self.norm(rows, weights.post_norm), weights.gate_up)
+            rows.addmm_(F.silu(gate_up[:, :inner]).mul_(gate_up[:, inner:]), weights.down)
+        return x
 
-    def logits(self, x_rows: torch.Tensor, norm: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        """Logits [n, vocab] of hidden states [n, hidden]; `head` is [hidden, vocab] (a transposed view will do)."""
-        return torch.mm(rms_norm(x_rows, norm, self.spec.rms_eps), head)
+    def logits(self, x_rows: torch.Tensor, norm: torch.Tensor, head: Head) -> torch.Tensor:
+        """Logits [n, vocab] of the hidden states [n, hidden] of those tokens that need them."""
+        return head(self.norm(x_rows, norm))
 
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * weight over the last dimension; the mean square in fp32, rounded before `weight` as HF does."""
-    full = x.float()
-    inverse = torch.linalg.vector_norm(full, dim=-1, keepdim=True)
-    inverse.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    out: torch.Tensor = (full * inverse).to(x.dtype)
-    return out.mul_(weight)
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x / rms(x) * weight over the last dimension, in a new tensor; the mean square is fp32."""
+        if x.is_cuda:
+            return F.rms_norm(x, weight.shape, weight, self.spec.rms_eps)
+        full = x.float()
+        length = torch.linalg.vector_norm(full, dim=-1, keepdim=True)
+        inverse = torch.addcmul(self._eps, length, length, value=1.0 / x.shape[-1]).rsqrt_()
+        out: torch.Tensor = (full * inverse).to(x.dtype)
+        return out.mul_(weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from common.engine.head import Head
 from common.engine.model import Decoder
 
 
@@ -18,7 +19,7 @@ class DenseRun:
             slab = torch.zeros(source.layout.num_bytes, dtype=torch.uint8)
             source.layer_into(index, slab)
             self.layers.append(source.layout.views(slab))
-        self.table, self.head, self.norm = source.embedding(), source.head().t(), source.final_norm()
+        self.table, self.head, self.norm = source.embedding(), Head(source.head()), source.final_norm()
         self.keys, self.values = ([None] * source.spec.num_layers for _ in range(2))
         self.length = 0
 

@@ -19,11 +19,11 @@ def build(family, *, heads=4, kv_heads=2, head_dim=64, layers=2, tied=False, rop
     import transformers
 
     names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    sizes = {"vocab_size": 320, "hidden_size": heads * 32, "intermediate_size": 176, "max_position_embeddings": 512}
     config = getattr(transformers, f"{names[family]}Config")(
-        vocab_size=320, hidden_size=heads * 32, intermediate_size=176, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=512,
-        tie_word_embeddings=tied, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None,
-        rope_parameters=rope or {"rope_type": "default", "rope_theta": 10000.0}, **more)  # fmt: skip
+        **{**sizes, **more}, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=head_dim, tie_word_embeddings=tied, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None,
+        rope_parameters=rope or {"rope_type": "default", "rope_theta": 10000.0})  # fmt: skip
     torch.manual_seed(seed)
     model = getattr(transformers, f"{names[family]}ForCausalLM")(config).eval()
     with torch.no_grad():

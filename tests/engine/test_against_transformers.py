@@ -49,6 +49,16 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(name, tmp_path):
     assert len(set(ours)) > 3  # a model that repeats itself would prove little
 
 
+def test_a_long_prompt_in_one_piece_equals_transformers(tmp_path):
+    """More rows than the MLP takes at once, weights whose rows are padded, a vocabulary of several panels."""
+    from tests.engine import hf
+
+    model = hf.build("llama", layers=1, vocab_size=1300, intermediate_size=512, max_position_embeddings=1024)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 1300, (600,), generator=torch.Generator().manual_seed(2)).tolist()
+    assert worst(DenseRun(FolderSource(tmp_path)).extend(ids), hf.logits(model, ids)) <= 1e-5
+
+
 def test_a_sharded_folder_has_several_files_and_both_forms_load_alike(tmp_path):
     from tests.engine import hf
 

@@ -48,6 +48,15 @@ def test_frequencies_are_those_of_the_kept_distribution(params):
     assert (seen[expected == 0] == 0).all()
 
 
+@pytest.mark.parametrize("vocab", [64, 1023, 1024, 1280, 1300])
+def test_greedy_is_the_first_greatest(vocab):
+    logits = torch.randint(0, 200, (300, vocab), generator=torch.Generator().manual_seed(vocab)).float()
+    logits[0, -1] = logits[1, 0] = 500.0
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert greedy(logits).tolist() == expected
+    assert greedy(torch.full((2, vocab), float("-inf"))).tolist() == [0, 0]
+
+
 def test_the_likeliest_token_is_always_kept():
     for params in (SamplingParams(5.0, top_k=1), SamplingParams(5.0, top_p=1e-9)):
         draws = [Draw(params, row, 0) for row in range(40)]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.engine.folder import FolderSource
+from common.engine.head import Head
 from common.engine.layout import ALIGN, LayerLayout
 from common.engine.spec import DecoderSpec
 from common.engine.weights import MemorySource, RandomSource
@@ -35,7 +36,7 @@ def test_tensors_lie_apart_aligned_and_inside_the_slab(spec, dtype):
     weights = layout.views(slab)
     for number, name in enumerate(layout.shapes, 1):
         view = getattr(weights, name)
-        assert view.shape == layout.shapes[name] and view.is_contiguous()
+        assert view.shape == layout.shapes[name] and view.stride(-1) == 1
         assert layout.offsets[name] % ALIGN == 0 == layout.num_bytes % ALIGN
         view.fill_(number)
     for number, name in enumerate(layout.shapes, 1):  # none has overwritten another
@@ -43,6 +44,21 @@ def test_tensors_lie_apart_aligned_and_inside_the_slab(spec, dtype):
     moved = layout.views(slab.clone())
     assert torch.equal(moved.down, weights.down)
     assert (weights.qkv_bias is None) != spec.qkv_bias and (weights.q_norm is None) != spec.qk_norm
+
+
+def test_rows_that_would_alias_in_a_cpu_cache_are_a_line_apart():
+    spec = DecoderSpec("aliasing", "llama", 2, 64, 1024, 4, 2, 16, 100)
+    views = [LayerLayout(spec, dtype).views(torch.zeros(1 << 20, dtype=torch.uint8)) for dtype in
+             (torch.float32, torch.bfloat16)]  # fmt: skip
+    assert [view.gate_up.stride() for view in views] == [(2064, 1), (2048, 1)]
+    assert all(view.down.is_contiguous() and view.qkv.is_contiguous() for view in views)
+
+
+@pytest.mark.parametrize("vocab", [100, 640, 641, 1500])
+def test_a_head_in_panels_is_the_whole_head(vocab):
+    generator = torch.Generator().manual_seed(0)
+    table, x = torch.randn(vocab, 48, generator=generator), torch.randn(5, 48, generator=generator)
+    assert torch.allclose(Head(table)(x), x @ table.t(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", [PLAIN, FULL], ids=lambda spec: spec.name)
