@@ -231,7 +231,7 @@ class CellStore:
     def shrink(self, num_cells: int) -> list[tuple[int, int, int]]:
         """Compact; every table follows. Returns moves (from, to, cells) that the caller makes in this order."""
         size = self.range.num_cells
-        moves = [tuple(move) for move in self.range.shrink(num_cells)]
+        moves = [(move.src, move.dst, move.num_cells) for move in self.range.shrink(num_cells)]
         if moves:
             place = np.arange(size, dtype=np.int32)
             for src, dst, num in moves:
@@ -243,7 +243,7 @@ class CellStore:
             for named in self.named:
                 for array in (named.cells, named.run):
                     array[array >= 0] = place[array[array >= 0]]
-        return moves  # type: ignore[return-value]
+        return moves
 
     def clear(self) -> None:
         """Everything is gone (the instance died)."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from common.engine.cells import CellStore
+from common.engine.head import Head
 from common.engine.instance import EngineInstance
 from common.engine.model import Attend, Decoder
 from common.engine.sampler import Draw, SamplingParams, greedy, sample
@@ -106,7 +107,7 @@ class Runner:
         self.check_finite = check_finite
         device = decoder.device
         self._embedding = source.embedding().to(device)
-        self._head = source.head().to(device).t()
+        self._head = Head(source.head().to(device))
         self._norm = source.final_norm().to(device)
 
     @property

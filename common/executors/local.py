@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from common.engine.instance import move_blocks
 from common.engine.runner import Item, StageTimes
 from common.engine.tokens import TokenSource
@@ -24,6 +26,7 @@ from common.executors.localbooks import LocalBooks, LocalMembers, LocalState
 from common.executors.sim import SimExecutor, SimInstance
 from common.executors.simlane import SimLane
 from common.executors.source import WorkloadLike
+from common.kv.hash_index import block_hashes
 from common.record import RunRecord
 from common.types import (
     Command,
@@ -107,7 +110,7 @@ class LocalExecutor(SimExecutor):
             ids = self.source.expand(self.prompt_content(request_id), self.reply)
             length = self.members.prompt[request_id]
             if len(ids) != length:
-                raise ContractError(f"request {request_id}: its content names {len(ids)} tokens, its prompt has {length}")
+                raise ContractError(f"request {request_id}: content of {len(ids)} tokens for a prompt of {length}")
             self.tokens[request_id] = ids
         return ids
 
@@ -320,10 +323,9 @@ class LocalExecutor(SimExecutor):
         own = store.requests.get(command.request_id)
         if own is not None and own.table.shape[1] >= last and (own.table[low:high, first:last] >= 0).all():
             return own.table[low:high, first:last]
-        import numpy as np
-
         found = np.full((high - low, last - first), -1, np.int32)
-        names = self.books.names(command.request_id, min(last, self.num_known(command.request_id) // self.state.block_size))
+        full = self.num_known(command.request_id) // self.state.block_size
+        names = self.books.names(command.request_id, min(last, full))
         for block in range(first, last):
             if own is not None and block < own.table.shape[1] and (own.table[low:high, block] >= 0).all():
                 found[:, block - first] = own.table[low:high, block]
@@ -355,14 +357,12 @@ class LocalExecutor(SimExecutor):
             move_blocks(engine, source, tables[0], engine, goal, tables[1], command.tokens, first, size)
 
     def _named_span(self, command: SwapSpan, store: Any) -> list[bytes]:
-        from common.kv.hash_index import block_hashes
-
         size = self.state.block_size
         assert command.content is not None
         names = [digest for digest, _ in block_hashes(command.content, size)]
         digests = names[command.tokens[0] // size : command.tokens[1] // size]
         if any(store.named.get(digest) is None for digest in digests):
-            raise ContractError(f"swap {command.command_id}: its content is not all cached on instance {command.instance}")
+            raise ContractError(f"swap {command.command_id}: instance {command.instance} has not cached all of it")
         return digests
 
     def _end_named_swap(self, command: SwapSpan, status: Status, source: Tier, goal: Tier) -> None:

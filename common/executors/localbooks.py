@@ -6,7 +6,6 @@ changed since the last look is `dirty`; `settle` makes cells follow before anyth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -237,8 +236,7 @@ class LocalBooks:
             return
         size = self.state.block_size
         last = min(tokens[1], self._reach(cells.run.shape[1] * size, request_id)) // size
-        num_new = self._extend(store, request_id, last, owned=True) if last > len(cells.lease) else 0
-        del num_new
+        self._extend(store, request_id, last, owned=True)
         mine = [(block, digest) for block, digest in enumerate(cells.lease)
                 if (named := store.named.get(digest)) is not None and named.owner == request_id
                 and tokens[0] // size <= block < last]  # fmt: skip
@@ -270,7 +268,3 @@ class LocalBooks:
         if host != memory.host_used:
             raise ContractError(f"instance {instance}: {host} host cells are held, {memory.host_used} are counted")
 
-
-def held_tokens(parts: Sequence[Held]) -> int:
-    """Token-layers in rectangles, for messages."""
-    return sum((part.end - part.start) * (part.layers[1] - part.layers[0]) for part in parts)

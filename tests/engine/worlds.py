@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from common.engine.head import Head
 from common.engine.model import Decoder
 from common.engine.spec import DecoderSpec
 from common.engine.weights import MemorySource, RandomSource
@@ -44,14 +45,14 @@ def undisturbed(spec: DecoderSpec, source: MemorySource, prompt: list[int], num_
     weights = [source.layout.views(source.slab(index)) for index in range(spec.num_layers)]
     past: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * spec.num_layers
     ids, out = torch.tensor(prompt), []
-    position = 0
+    position, head = 0, Head(source.head())
     with torch.inference_mode():
         while len(out) < num_tokens:
             x = decoder.embed(ids, source.embedding())
             rotation = decoder.rotation(torch.arange(position, position + len(ids)))
             for index in range(spec.num_layers):
                 x = decoder.layer(weights[index], x, rotation, _dense(spec, past, index))
-            token = int(decoder.logits(x[-1:], source.final_norm(), source.head().t()).argmax())
+            token = int(decoder.logits(x[-1:], source.final_norm(), head).argmax())
             position += len(ids)
             out.append(token)
             ids = torch.tensor([token])
