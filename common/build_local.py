@@ -123,6 +123,7 @@ def local_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord,
     world = EngineWorld(
         cluster.instances, spec, parameter_source(config, spec), config.engine.block_size, device=str(choice.device),
         attention=attention, sampling=SamplingParams(temperature=config.runtime.temperature, seed=config.seed),
-        seed=config.seed, poison=config.runtime.check,
+        seed=config.seed, poison=config.runtime.check, graphs=config.runtime.graphs,
+        max_len=config.engine.max_model_len,
     )  # fmt: skip
     return LocalExecutor(cluster, workload, record, world=world, measured=config.runtime.clock == "measured", **options)
