@@ -87,7 +87,7 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
     try:
         with (
             _recorded(config, executor) as seen,
-            Progress(record, workload.num_requests) as progress,
+            Progress(record, workload.num_requests, _doing(config)) as progress,
             _stoppable(progress) as sampled,
         ):
             drive(policy, seen, record, _sample_ns(config, workload), sampled)
@@ -102,6 +102,10 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
         if was_enabled:
             gc.enable()
     return Replayed(record, executor, time.perf_counter() - begin)
+
+
+def _doing(config: RunConfig) -> str:
+    return "simulating" if config.runtime.name == "sim" else "emulating"
 
 
 def _sample_ns(config: RunConfig, workload: Any) -> int:
@@ -159,6 +163,8 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
 
     if config.runtime.name not in ("sim", "local"):
         raise ConfigError(f"runtime={config.runtime.name} is not built yet; use runtime=sim or runtime=local")
+    if config.log.outputs and config.runtime.name == "sim":
+        raise ConfigError("log.outputs=true: runtime=sim makes no tokens; use runtime=local")
     folder = RunFolder.create(config.run.results, config.run_name)
     begin = time.perf_counter()
     workload = build(config.workload, config.seed)
@@ -194,11 +200,9 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
 
 def _outputs(config: RunConfig, executor: SimExecutor) -> str | None:
     """The generated ids of each request, a JSON line each, where there are tokens and they are asked for."""
-    if not config.log.outputs:
-        return None
-    outputs = executor.outputs()
+    outputs = executor.outputs() if config.log.outputs else None
     if outputs is None:
-        raise ConfigError(f"log.outputs=true: runtime={config.runtime.name} makes no tokens; use runtime=local")
+        return None
     return "".join(json.dumps({"request_id": key, "tokens": ids}) + "\n" for key, ids in sorted(outputs.items()))
 
 

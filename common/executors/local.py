@@ -22,7 +22,7 @@ from common.engine.tokens import TokenSource
 from common.engine.work import Batch, Work
 from common.engine.world import EngineWorld
 from common.errors import ContractError
-from common.executors.localbooks import LocalBooks, LocalMembers, LocalState
+from common.executors.localbooks import LocalBooks, LocalLosses, LocalMembers, LocalState
 from common.executors.sim import SimExecutor, SimInstance
 from common.executors.simlane import SimLane
 from common.executors.source import WorkloadLike
@@ -62,6 +62,7 @@ class LocalExecutor(SimExecutor):
 
     state_type = LocalState
     members_type = LocalMembers
+    losses_type = LocalLosses
     members: LocalMembers
 
     def __init__(

@@ -14,6 +14,7 @@ from common.engine.cells import CellStore, Mask
 from common.errors import ContractError
 from common.executors.memory import Held, overlap
 from common.executors.simlane import SimLane
+from common.executors.simloss import Losses
 from common.executors.simmembers import Members
 from common.executors.simstate import SimState
 from common.kv.content import concat
@@ -63,6 +64,17 @@ class LocalMembers(Members):
         super().release(lane, entry, charged, keep_tokens)
         self.executor.books.left(lane, entry.request_id)
         self.state.dirty[entry.request_id] = None
+
+
+class LocalLosses(Losses):
+    """The simulator's; cells that an iteration cut short had taken for its tokens go back."""
+
+    executor: LocalExecutor
+
+    def halt(self, lane: SimLane) -> None:
+        super().halt(lane)
+        for request_id in lane.members:
+            self.executor.local_state.dirty[request_id] = None
 
 
 class LocalBooks:

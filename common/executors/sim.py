@@ -71,6 +71,7 @@ class SimExecutor:
 
     state_type: type[SimState] = SimState
     members_type: type[Members] = Members
+    losses_type: type[Losses] = Losses
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class SimExecutor:
         self._workload = workload
         prompt = integers(workload.prompt_tokens)
         self.members = self.members_type(self.state, self, prompt, integers(workload.output_tokens))
-        self.losses = Losses(self)
+        self.losses = self.losses_type(self)
         self.generated = self.members.generated
         self._segments = record.segments.packed
         self._costs: dict[tuple[int, bool, bool], StageCost] = {}
