@@ -87,7 +87,7 @@ def local_cluster(config: RunConfig, spec: DecoderSpec) -> ClusterModel:
     if config.cluster.tp != 1:
         raise ConfigError(f"cluster.tp={config.cluster.tp}: runtime=local runs each instance on one device; use 1")
     bytes_each = spec.dtype.itemsize
-    costs = cluster_model(replace(config, model=replace(config.model, dtype_bytes=2)))
+    costs = cluster_model(replace(config, model=replace(config.model, dtype_bytes=config.hardware.dtype_bytes)))
     sized = cluster_model(replace(config, model=replace(config.model, dtype_bytes=bytes_each)))
     cell = cell_bytes(spec, config.engine.block_size, spec.dtype)
     layer = LayerLayout(spec, spec.dtype).num_bytes

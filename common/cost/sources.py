@@ -18,6 +18,7 @@ class Source:
     kernel: str
     licence: str
     network: str = ""  # folder with send/recv between two GPUs of one node
+    dtype_bytes: int = 2
 
 
 AIC = "ai-dynamo/aiconfigurator, measured vLLM kernels, Apache-2.0"
