@@ -13,7 +13,7 @@ from common.engine.instance import cell_bytes
 from common.engine.layout import LayerLayout
 from common.engine.runner import Item
 from common.engine.spec import DecoderSpec
-from common.engine.weights import MemorySource, RandomSource
+from common.engine.weights import ParameterSource, RandomSource
 from common.engine.work import Batch, Work
 from common.engine.world import EngineWorld
 from common.types import InstanceInfo, Span, Tier
@@ -48,11 +48,12 @@ class Engine:
     """One instance with room for the largest of some shapes; random parameters and KV."""
 
     def __init__(
-        self, spec: DecoderSpec, device: torch.device, kv_blocks: int, graphs: str = "auto", max_len: int = 4096
-    ) -> None:
+        self, spec: DecoderSpec, device: torch.device, kv_blocks: int, graphs: str = "auto", max_len: int = 4096,
+        source: ParameterSource | None = None,
+    ) -> None:  # fmt: skip
         cell, layer = cell_bytes(spec, BLOCK_SIZE, spec.dtype), LayerLayout(spec, spec.dtype).num_bytes
         info = InstanceInfo(0, spec.num_layers, kv_blocks * spec.num_layers, cell, layer)
-        source = RandomSource(spec) if device.type == "cuda" else MemorySource(RandomSource(spec))
+        source = source or RandomSource(spec)
         self.spec = replace(spec)
         self.world = EngineWorld(
             (info,),
