@@ -72,6 +72,12 @@ class Section:
     failed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def absent(self, what: str, reason: BaseException) -> None:
+        """Note, once, what cannot be had here."""
+        note = f"Not to be had here: {what} ({first_line(reason)})."
+        if note not in self.notes:
+            self.notes.append(note)
+
     def check(self, holds: bool, what: str) -> None:
         """Note a check that does not hold."""
         if not holds:

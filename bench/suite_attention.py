@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.suite import BLOCK_SIZE, Context, Paged, Section, Work, cold_reach, first_line, paged
+from bench.suite import BLOCK_SIZE, Context, Paged, Section, Work, cold_reach, paged
 from bench.suite_kernels import error, plain
 from bench.suite_rivals import RIVALS, as_rows
 from bench.timing import Call
@@ -58,7 +58,7 @@ def timed(section: Section, context: Context, work: Work) -> list[dict[str, Any]
                 off = 0.0 if want is None else error(as_rows(calls[0](), case, name), want)
             time_ns = context.timer.median_ns(calls)
         except Exception as reason:  # whatever a library does, the others go on
-            rows.append({**row, "us": "", "of ceiling": "", "difference": "", "note": first_line(reason, 80)})
+            section.absent(f"{row['attention']}, queries: {'one' if work.new == 1 else 'several'}", reason)
             continue
         same = off <= AGREES
         if name in NAMES:

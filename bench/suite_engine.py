@@ -121,7 +121,7 @@ def both(section: Section, context: Context, world: Engine, shape: Shape) -> lis
     runner, rows, said = world.world.runner, [], []
     graphs: DecodeGraphs | None = runner.graphs
     floor = roofline_s(context, world.spec, shape.decodes, shape.context)
-    for name, used in (("graphs", graphs), ("eager", None)):
+    for name, used in (("graphs" if context.cuda else "static buffers", graphs), ("eager", None)):
         runner.graphs = used
         seconds = world.seconds(shape, 15, 2.0 if context.cuda else 0.5)
         item = world.item(shape)

@@ -60,12 +60,12 @@ def test_what_was_measured_is_what_is_said(profile):
 
 def test_a_model_of_another_type_is_refused(profile):
     config = compose([f"hardware={profile}", "model=tiny_llama"])
-    with pytest.raises(ConfigError, match="model.dtype_bytes=4"):
+    with pytest.raises(ConfigError, match=r"model\.dtype_bytes=4"):
         InstanceCost(config.model, config.hardware)
 
 
 def test_traits_of_a_profile_need_a_profile():
-    with pytest.raises(ConfigError, match="cost.traits=profile"):
+    with pytest.raises(ConfigError, match=r"cost\.traits=profile"):
         compose(["cost.traits=profile"])
 
 
