@@ -20,9 +20,7 @@ class Target(Protocol):
     target: int
 
 
-def next_iteration(
-    rule: Rule, budget: int, num_decodes: int, targets: Sequence[Target]
-) -> tuple[bool, list[int]]:
+def next_iteration(rule: Rule, budget: int, num_decodes: int, targets: Sequence[Target]) -> tuple[bool, list[int]]:
     """Whether decodes run, and the chunk of each leading target (the list ends at the first that gets nothing).
 
     CHUNKED and SARATHI: every decode takes one token of the budget, prompts share the rest in order. PREFILL_FIRST:

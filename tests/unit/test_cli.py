@@ -104,8 +104,11 @@ def test_broken_traces_name_file_and_row(
         ('{"architectures": ["LlamaForCausalLM"], "hidden_size": "x", "num_attention_heads": 8}', ["config.json"]),
         ('{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 0}', ["config.json"]),
         ('{"architectures": ["LlamaForCausalLM"], "quantization_config": {"bits": 4}}', ["quantization_config"]),
-        ('{"architectures": ["LlamaForCausalLM"], "torch_dtype": "float32", "hidden_size": 64, '
-         '"num_attention_heads": 4}', ["float32"]),
+        (
+            '{"architectures": ["LlamaForCausalLM"], "torch_dtype": "float32", "hidden_size": 64, '
+            '"num_attention_heads": 4}',
+            ["float32"],
+        ),
     ],
 )
 def test_bad_model_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, names: list[str]) -> None:
