@@ -56,13 +56,14 @@ FINISHED, LIVE, REJECTED = int(RequestStatus.FINISHED), int(RequestStatus.LIVE),
 class SimInstance:
     """The compute side of an instance: a FIFO server."""
 
-    __slots__ = ("active", "fifo", "id", "remote_load", "serving")
+    __slots__ = ("active", "fifo", "id", "lanes", "remote_load", "serving")
 
     def __init__(self, instance: int) -> None:
         self.id = instance
         self.serving: SimLane | None = None
         self.fifo: deque[SimLane] = deque()
         self.active = 0  # lanes with a running step that has a stage here
+        self.lanes: dict[int, SimLane] = {}  # with a stage here
         self.remote_load: dict[int, float] = {}  # lane -> share of this instance's time it takes as a creditor
 
 
@@ -248,9 +249,13 @@ class SimExecutor:
                 raise ContractError(f"lane {lane.id}: instance {stage.instance} does not hold layers {stage.layers}")
         if expected != self.cluster.num_layers:
             raise ContractError(f"lane {lane.id}: stages {stages} end before layer {self.cluster.num_layers}")
+        for foot in lane.feet:
+            foot.lanes.pop(lane.id, None)
         lane.stages = stages
         lane.costs = [self.stage_cost(stage) for stage in stages]
         lane.feet = [self.instances[stage.instance] for stage in stages]
+        for foot in lane.feet:
+            foot.lanes[lane.id] = lane
         lane.durations = [0] * len(stages)
         lane.prefix = {}
         lane.simple = len(stages) == 1
@@ -592,11 +597,10 @@ class SimExecutor:
 
     def lanes_of(self, *instances: int) -> tuple[tuple[int, int], ...]:
         """(lane, completed iterations) of the lanes with a stage on these instances, by lane id."""
-        return tuple(
-            (lane.id, self.completed(lane))
-            for lane in self.lanes.values()
-            if any(stage.instance in instances for stage in lane.stages)
-        )
+        found = self.instances[instances[0]].lanes
+        for instance in instances[1:]:
+            found = found | self.instances[instance].lanes
+        return tuple([(lane_id, self.completed(found[lane_id])) for lane_id in sorted(found)])
 
     def cut_all(self, instance: int) -> None:
         """Something changed the speed of an instance: leaps there end at their next boundary (unseen by policies)."""

@@ -316,13 +316,12 @@ class LaneScheduler:
         else:
             text = seq.text(seq.known)
             hit = index.match(text, seq.known - 1)
-            need -= hit // self.config.block_size
-            if need + reserve > self.free + index.evictable_blocks:
-                return None
+            cached = hit // self.config.block_size
+            need -= cached
+            spare = self.free + index.evictable_blocks - need - reserve
+            if spare < 0 or (spare < cached and spare < index.would_pin(text, hit)):
+                return None  # what it reads cannot be evicted for it
             lease = index.acquire(text, hit)
-            if need + reserve > self.free + index.evictable_blocks:
-                index.release(lease)
-                return None
             seq.lease = lease
             if need > self.free:  # the join takes them over: `reclaim` covers it
                 index.evict(need - self.free)
