@@ -17,6 +17,7 @@ from common.errors import ConfigError, KVPlaneError, Stalled
 
 if TYPE_CHECKING:
     from common.config import RunConfig
+    from common.executors.simfaults import MessageFaults
     from common.policy import Executor
     from common.record import RunRecord
 
@@ -54,7 +55,8 @@ def simulate(config: RunConfig, workload: Any) -> tuple[RunRecord, float]:
     policy = make_policy(config.system, cluster.info(), config.engine, config.system_options)
     record = RunRecord(RequestColumns.empty(workload.num_requests))
     faults = tuple((int(seconds * 1e9), instance) for seconds, instance in config.cluster.lost)
-    executor = SimExecutor(cluster, workload, record, oracle=config.system in ORACLES, faults=faults)
+    executor = SimExecutor(cluster, workload, record, oracle=config.system in ORACLES, faults=faults,
+                           message_faults=_message_faults(config), agent_faults=_agent_faults(config))  # fmt: skip
     was_enabled = gc.isenabled()
     gc.disable()  # nothing cyclic is made per event; a tenth of the time goes otherwise
     try:
@@ -75,6 +77,20 @@ def simulate(config: RunConfig, workload: Any) -> tuple[RunRecord, float]:
         if was_enabled:
             gc.enable()
     return record, time.perf_counter() - begin
+
+
+def _agent_faults(config: RunConfig) -> tuple[tuple[int, str, int], ...]:
+    return tuple((int(at_s * 1e9), agent, int(for_s * 1e9)) for at_s, agent, for_s in config.cluster.lost_agents)
+
+
+def _message_faults(config: RunConfig) -> MessageFaults | None:
+    from common.executors.simfaults import RandomMessageFaults
+    from common.rng import stream
+
+    if config.cluster.message_faults is None:
+        return None
+    delay_ms, loss, duplicate = config.cluster.message_faults
+    return RandomMessageFaults(stream(config.seed, "message faults"), delay_ms * 1e6, loss, duplicate)
 
 
 def _sample_ns(config: RunConfig, workload: Any) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 from common.errors import ContractError, Stalled
 from common.executors.cluster import ClusterModel, StageCost
 from common.executors.simcontrol import Control
+from common.executors.simfaults import MessageFaults
 from common.executors.simlane import Member, SimLane, Target
 from common.executors.simloss import Losses
 from common.executors.simmembers import Members
@@ -81,7 +82,8 @@ class SimExecutor:
         *,
         oracle: bool = False,
         faults: tuple[tuple[int, int], ...] = (),
-        message_faults: Any = None,
+        message_faults: MessageFaults | None = None,
+        agent_faults: tuple[tuple[int, str, int], ...] = (),
     ) -> None:
         self.state = self.state_type(cluster, record)
         self.cluster = cluster
@@ -111,7 +113,7 @@ class SimExecutor:
             **self.control.commands(),
         }
         record.requests.prompt_tokens[:] = array("q", prompt)
-        self.control.start(faults)
+        self.control.start(faults, agent_faults)
 
     # ------------------------------------------------------------ contract
 
