@@ -204,19 +204,20 @@ class SimExecutor:
         return cost
 
     def _run_step(self, command: RunStep) -> None:
-        lane = self.lanes.get(command.lane)
+        command_id, lane_id, add, remove, _, park, place, stages, budget, rule, limit, reclaim = command
+        lane = self.lanes.get(lane_id)
         if lane is None:
-            lane = self.lanes[command.lane] = SimLane(command.lane, self.state.block_size)
+            lane = self.lanes[lane_id] = SimLane(lane_id, self.state.block_size)
         if lane.command_id is not None:
-            raise ContractError(f"lane {lane.id}: RunStep {command.command_id} while {lane.command_id} runs")
-        if command.remove or command.park:
+            raise ContractError(f"lane {lane.id}: RunStep {command_id} while {lane.command_id} runs")
+        if remove or park:
             self.members.take_out(lane, command)
-        if command.stages is not None:
-            self._set_stages(lane, command.stages)
-        lane.rule = command.rule or lane.rule
-        lane.budget = command.token_budget or lane.budget
-        lane.reclaim = command.reclaim
-        lane.command_id = command.command_id
+        if stages is not None:
+            self._set_stages(lane, stages)
+        lane.rule = rule or lane.rule
+        lane.budget = budget or lane.budget
+        lane.reclaim = reclaim
+        lane.command_id = command_id
         lane.step_from = lane.ran
         if not lane.stages:
             raise ContractError(f"lane {lane.id}: no route, or its layers were dropped: RunStep needs stages")
@@ -225,12 +226,10 @@ class SimExecutor:
             if not up[stage.instance]:
                 self.losses.fail_lane(lane)
                 return
-        if command.place:
-            for request_id, placement in command.place:
-                self.control.replace(lane, request_id, placement)
-        for entry in command.add:
+        for request_id, placement in place:
+            self.control.replace(lane, request_id, placement)
+        for entry in add:
             self.members.join(lane, entry)
-        limit = command.max_iterations
         lane.limit = 1 << 60 if limit is None else lane.ran + limit
         lane.stop = False
         for foot in lane.feet:
@@ -310,11 +309,12 @@ class SimExecutor:
 
     def _price(self, lane: SimLane) -> None:
         """Durations of one iteration at every stage."""
-        num = lane.phase.num if lane.runs_decodes else 0
-        chunks = [(chunk, target.computed) for chunk, target in zip(lane.chunks, lane.targets)]
-        logits = num
+        logits = num = lane.phase.num if lane.runs_decodes else 0
+        chunks = []
         for chunk, target in zip(lane.chunks, lane.targets):
-            if target.computed + chunk == target.target and target.entry.sample:
+            computed = target.computed
+            chunks.append((chunk, computed))
+            if computed + chunk == target.target and target.entry.sample:
                 logits += 1
         for index, cost in enumerate(lane.costs):
             context = lane.effective_context(cost.skew_alphas) if num else 0
@@ -411,17 +411,16 @@ class SimExecutor:
     def _boundary(self, lane: SimLane, now: int) -> Event | None:
         """Iterations are complete at every stage: tokens appear, prompts complete, requests finish."""
         count = lane.item_iterations
-        phase = lane.phase
-        num = phase.num
         self.note_segment(lane, now, count)
-        if lane.runs_decodes and num:
-            settled, lane.settled = lane.settled, 0
-            grown = phase.growth(lane.iteration + settled, count - settled)
-            if lane.spread:
-                self.grow(lane, grown, self.control.grow_spread(lane))
-            elif grown:
-                self.grow(lane, grown)
         if lane.runs_decodes:
+            phase = lane.phase
+            if phase.num:
+                settled, lane.settled = lane.settled, 0
+                grown = phase.growth(lane.iteration + settled, count - settled)
+                if lane.spread:
+                    self.grow(lane, grown, self.control.grow_spread(lane))
+                elif grown:
+                    self.grow(lane, grown)
             lane.iteration += count
         lane.ran += count
         if lane.chunks:
@@ -463,7 +462,7 @@ class SimExecutor:
     def _advance_targets(self, lane: SimLane, now: int) -> None:
         """Add computed chunks; at a reached target sample, decode, or leave."""
         targets = lane.targets
-        for chunk, target in zip(lane.chunks, list(targets)):
+        for chunk, target in zip(lane.chunks, targets if len(targets) == 1 else list(targets)):
             target.computed += chunk
             if target.computed < target.target:
                 continue
@@ -492,10 +491,13 @@ class SimExecutor:
         """End the lane's step here: finish requests whose last token this was, answer the command."""
         finished: list[int] = []
         iteration = lane.iteration
-        while lane.finishes and lane.finishes[0][0] <= iteration and lane.next_finish() <= iteration:
-            request_id = lane.finishes[0][1]
-            finished.append(request_id)
-            self._finish(lane, request_id)
+        finishes, members = lane.finishes, lane.members
+        while finishes and finishes[0][0] <= iteration:
+            finish, request_id = heappop(finishes)
+            member = members.get(request_id)
+            if member is not None and member.finish == finish:
+                finished.append(request_id)
+                self._finish(lane, request_id)
         partial: tuple[tuple[int, int], ...] = ()
         if lane.targets:
             partial = tuple([(target.entry.request_id, target.computed) for target in lane.targets
