@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.cost.grids import Array, Grid, load_grid
-from common.cost.interpolate import Lattice, far, head_weights, longer_chunks, nearest_heads, shape_weights
+from common.cost.interpolate import Lattice, far, head_weights, longer_chunks, nearest_heads, never_less, shape_weights
 from common.cost.roofline import LAUNCH_NS, Roof
 from common.cost.specs import HardwareSpec
 
@@ -112,8 +112,7 @@ class Operators:
             return np.zeros_like(num_bytes)
         grid = self._grid("ar")
         counts, size = grid.knots("ar_gpus"), grid.knots("ar_bytes")
-        measured = np.minimum.accumulate(grid.times("ar")[:, ::-1], axis=1)[:, ::-1]  # a larger one would do as well
-        logs = np.log(measured)
+        logs = np.log(never_less(grid.times("ar"), 1))
         row = np.array([np.interp(math.log(gpus), np.log(counts), logs[:, i]) for i in range(len(size))])
         times = np.exp(row)
         inside = np.interp(num_bytes, size, times)
@@ -213,7 +212,7 @@ class Operators:
             "pre", heads, kv_heads, target, lambda h, _: _query_work(source, grid, tokens, pairs, h, 128)
         )
         roof = self.roof.prefill(tokens, pairs, heads, kv_heads, head_dim)
-        return Lattice(x, y, np.maximum(scaled, roof))
+        return Lattice(x, y, np.maximum(never_less(scaled, 0), roof))  # in length kernels do change
 
     def decode(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         """x decodes of y tokens of context each, alone in their batch."""
@@ -225,7 +224,7 @@ class Operators:
         scaled = self._from_heads(
             table, heads, kv_heads, target, lambda h, kv: source.decode(x[:, None], y[None, :], h, kv, 128)
         )
-        scaled = np.maximum(scaled, target)
+        scaled = np.maximum(never_less(scaled, 0, 1), target)
         x = np.append(x, 4 * x[-1])
         whole = far(Lattice(x, y, np.vstack([scaled, 4 * scaled[-1:]])))
         roof = self.roof.decode(x[:, None], whole.y[None, :], heads, kv_heads, head_dim)  # also where it is continued
