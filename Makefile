@@ -3,27 +3,35 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?= --help
+INSTALL = test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
+# Real tensors need torch (half a gigabyte and more); the simulator does not.
+NEEDS := $(if $(findstring runtime=local,$(ARGS)),setup-engine,setup)
 
-.PHONY: setup run test lint nightly clean
+.PHONY: setup setup-engine run test lint nightly clean
 
 setup: $(VENV)/.stamp
+setup-engine: $(VENV)/.stamp-engine
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) .
 	touch $@
 
-run: setup
+$(VENV)/.stamp-engine: pyproject.toml constraints.txt
+	$(INSTALL) '.[dev,engine]'
+	touch $@ $(VENV)/.stamp
+
+run: $(NEEDS)
 	$(BIN)/python run.py $(ARGS)
 
-test: setup lint
+test: setup-engine lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: setup
+lint: setup-engine
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-nightly: setup
+nightly: setup-engine
 	KVPLANE_NIGHTLY=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from common.errors import ConfigError, KVPlaneError, Stalled
 
 if TYPE_CHECKING:
     from common.config import RunConfig
+    from common.executors.sim import SimExecutor
     from common.executors.simfaults import MessageFaults
     from common.policy import Executor
     from common.record import RunRecord
@@ -30,6 +32,15 @@ All keys and their defaults: conf/config.yaml. Keys of a group: conf/<group>/<na
 
 
 @dataclass(frozen=True)
+class Replayed:
+    """A run that has been driven to its end, and the wall seconds that it took."""
+
+    record: RunRecord
+    executor: SimExecutor
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What one run produced."""
 
@@ -38,31 +49,48 @@ class Outcome:
     manifest: dict[str, Any]
 
 
-def simulate(config: RunConfig, workload: Any) -> tuple[RunRecord, float]:
-    """Drive the configured policy over a simulated cluster; the record, and the seconds that it took.
+def make_executor(config: RunConfig, workload: Any, record: RunRecord) -> SimExecutor:
+    """The world that the configured runtime carries commands out in."""
+    from systems.registry import ORACLES
+
+    faults = tuple((int(seconds * 1e9), instance) for seconds, instance in config.cluster.lost)
+    options: dict[str, Any] = {"oracle": config.system in ORACLES, "faults": faults,
+                               "message_faults": _message_faults(config),
+                               "agent_faults": _agent_faults(config)}  # fmt: skip
+    if config.runtime.name == "local":
+        try:
+            from common.build_local import local_executor
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"runtime=local needs {error.name}, which is not installed: pip install -c constraints.txt '.[engine]'"
+            ) from None
+        return local_executor(config, workload, record, **options)
+    from common.build import cluster_model
+    from common.executors.sim import SimExecutor
+
+    return SimExecutor(cluster_model(config), workload, record, **options)
+
+
+def replay(config: RunConfig, workload: Any) -> Replayed:
+    """Drive the configured policy over the configured world.
 
     KeyboardInterrupt leaves a record marked partial.
     """
-    from common.build import cluster_model
     from common.console import Progress
     from common.driver import drive
-    from common.executors.sim import SimExecutor
     from common.record import RequestColumns, RunRecord
-    from systems.registry import ORACLES, make_policy
+    from systems.registry import make_policy
 
     begin = time.perf_counter()
-    cluster = cluster_model(config)
-    policy = make_policy(config.system, cluster.info(), config.engine, config.system_options)
     record = RunRecord(RequestColumns.empty(workload.num_requests))
-    faults = tuple((int(seconds * 1e9), instance) for seconds, instance in config.cluster.lost)
-    executor = SimExecutor(cluster, workload, record, oracle=config.system in ORACLES, faults=faults,
-                           message_faults=_message_faults(config), agent_faults=_agent_faults(config))  # fmt: skip
+    executor = make_executor(config, workload, record)
+    policy = make_policy(config.system, executor.cluster.info(), config.engine, config.system_options)
     was_enabled = gc.isenabled()
     gc.disable()  # nothing cyclic is made per event; a tenth of the time goes otherwise
     try:
         with (
             _recorded(config, executor) as seen,
-            Progress(record, workload.num_requests) as progress,
+            Progress(record, workload.num_requests, _doing(config)) as progress,
             _stoppable(progress) as sampled,
         ):
             drive(policy, seen, record, _sample_ns(config, workload), sampled)
@@ -76,7 +104,11 @@ def simulate(config: RunConfig, workload: Any) -> tuple[RunRecord, float]:
     finally:
         if was_enabled:
             gc.enable()
-    return record, time.perf_counter() - begin
+    return Replayed(record, executor, time.perf_counter() - begin)
+
+
+def _doing(config: RunConfig) -> str:
+    return "simulating" if config.runtime.name == "sim" else "emulating"
 
 
 def _agent_faults(config: RunConfig) -> tuple[tuple[int, str, int], ...]:
@@ -146,8 +178,10 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
     from common.results import RunFolder
     from workloads.build import build
 
-    if config.runtime != "sim":
-        raise ConfigError(f"runtime={config.runtime} is not built yet; use runtime=sim")
+    if config.runtime.name not in ("sim", "local"):
+        raise ConfigError(f"runtime={config.runtime.name} is not built yet; use runtime=sim or runtime=local")
+    if config.log.outputs and config.runtime.name == "sim":
+        raise ConfigError("log.outputs=true: runtime=sim makes no tokens; use runtime=local")
     folder = RunFolder.create(config.run.results, config.run_name)
     begin = time.perf_counter()
     workload = build(config.workload, config.seed)
@@ -155,7 +189,8 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
         raise ConfigError(f"workload={config.workload_name} has no requests: {dict(workload.counts)}")
     workload = served(workload, config.engine.max_model_len)
     workload_s = time.perf_counter() - begin
-    record, simulate_s = simulate(config, workload)
+    done = replay(config, workload)
+    record, engine = done.record, done.executor.report()
     summary = {**summarize(record, config.slo, config.cluster.tp), **_context(workload, record)}
     facts = {
         "system": config.system,
@@ -165,17 +200,27 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
         "hardware_derived_from": config.hardware.derived_from,
         "num_instances": config.cluster.num_instances,
         "tp": config.cluster.tp,
-        "runtime": config.runtime,
+        "runtime": config.runtime.name,
+        **({"engine": engine} if engine else {}),
         "seed": config.seed,
         "workload_s": workload_s,
         "provenance": workload.provenance,
         "partial": record.partial,
         "stopped": record.stopped,
     }
-    manifest = folder.write(record, config_yaml=config.yaml, summary=summary, facts=facts, simulate_s=simulate_s,
-                            log_segments=config.log.segments)  # fmt: skip
+    manifest = folder.write(record, config_yaml=config.yaml, summary=summary, facts=facts, simulate_s=done.seconds,
+                            log_segments=config.log.segments, outputs=_outputs(config, done.executor))  # fmt: skip
+    done.executor.close()
     _present(config, record, folder.path, summary, manifest, quiet)
     return Outcome(folder.path, summary, manifest)
+
+
+def _outputs(config: RunConfig, executor: SimExecutor) -> str | None:
+    """The generated ids of each request, a JSON line each, where there are tokens and they are asked for."""
+    outputs = executor.outputs() if config.log.outputs else None
+    if outputs is None:
+        return None
+    return "".join(json.dumps({"request_id": key, "tokens": ids}) + "\n" for key, ids in sorted(outputs.items()))
 
 
 def served(workload: Any, max_model_len: int) -> Any:
@@ -218,7 +263,10 @@ def _present(
     if not quiet:
         from common.console import summary_table
 
-        print(summary_table(summary, config.run_name, config.runtime, manifest))
+        print(summary_table(summary, config.run_name, config.runtime.name, manifest))
+        if "engine" in manifest:
+            print("engine: " + ", ".join(f"{key} {value}" for key, value in manifest["engine"].items()
+                                         if not isinstance(value, dict)))  # fmt: skip
         if config.hardware.derived_from:
             print(f"note: {config.hardware.name} is derived from {config.hardware.derived_from}, not measured")
         left = {key: value for key, value in summary.items() if key.startswith("workload_")}

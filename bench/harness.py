@@ -44,11 +44,12 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
 
 def run(overrides: Sequence[str]) -> tuple[RunConfig, RunRecord]:
     """Simulate one configuration in this process; nothing is written."""
-    from run import served, simulate
+    from run import replay, served
     from workloads.build import build
 
     config = compose(overrides)
-    record, _ = simulate(config, served(build(config.workload, config.seed), config.engine.max_model_len))
+    workload = served(build(config.workload, config.seed), config.engine.max_model_len)
+    record = replay(config, workload).record
     return config, record
 
 
@@ -97,18 +98,24 @@ def _cell(key: str, value: Any) -> str:
     return str(value)
 
 
-def write_report(name: str, title: str, notes: Sequence[str], tables: Mapping[str, list[dict[str, Any]]]) -> Path:
-    """results/validation/<name>.json and .md; prints the Markdown. The commit is recorded in both."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+def write_report(
+    name: str,
+    title: str,
+    notes: Sequence[str],
+    tables: Mapping[str, list[dict[str, Any]]],
+    folder: Path = RESULTS,
+) -> Path:
+    """<folder>/<name>.json and .md; prints the Markdown. The commit is recorded in both."""
+    folder.mkdir(parents=True, exist_ok=True)
     git = git_state()
     state = f"commit {git.get('commit')}" + (" with uncommitted changes" if git.get("dirty") else "")
     parts = [f"# {title}\n", *(f"{note}\n" for note in notes), f"Measured at {state}.\n"]
     parts += [f"## {heading}\n\n{markdown(rows)}" for heading, rows in tables.items()]
     text = "\n".join(parts)
-    with replacing(RESULTS / f"{name}.md") as path:
+    with replacing(folder / f"{name}.md") as path:
         path.write_text(text, encoding="utf-8")
-    with replacing(RESULTS / f"{name}.json") as path:
+    with replacing(folder / f"{name}.json") as path:
         data = {"git": git, "notes": list(notes), "tables": tables}
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print(text)
-    return RESULTS / f"{name}.md"
+    return folder / f"{name}.md"

@@ -18,6 +18,7 @@ from common.cost.engine import EngineTraits, engine_traits
 from common.cost.specs import HardwareSpec, ModelSpec, from_hf_config, load_hardware, load_model
 from common.errors import ConfigError
 from common.metrics import Slo
+from common.runtime_config import RuntimeConfig
 from common.sched.lane import EngineConfig
 from common.types import Rule
 from workloads.config import WorkloadConfig
@@ -63,6 +64,7 @@ class LogOptions:
 
     events: bool
     segments: bool
+    outputs: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class RunConfig:
     cost_source: str
     traits: EngineTraits
     slo: Slo
-    runtime: str
+    runtime: RuntimeConfig
     logger: str
     logger_options: Mapping[str, Any]
     log: LogOptions
@@ -134,7 +136,8 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
     text = yaml.safe_dump(tree, sort_keys=True, allow_unicode=True)
     system = _without(tree["system"], "description")
     model = dict(tree["model"])
-    hf_config = model.pop("hf_config", None)
+    runtime = RuntimeConfig.from_mapping(_without(tree["runtime"], "description"))
+    hf_config = model.pop("hf_config", None) or runtime.weights
     spec = from_hf_config(str(hf_config)) if hf_config else load_model(_without(model, "description"))
     engine = tree["engine"]
     return RunConfig(
@@ -151,7 +154,7 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
         cost_source=_choice("cost.source", tree["cost"]["source"], ("operators", "vidur")),
         traits=engine_traits(tree["cost"]["traits"]),
         slo=Slo(_maybe("slo.ttft_ms", tree["slo"]["ttft_ms"]), _maybe("slo.tpot_ms", tree["slo"]["tpot_ms"])),
-        runtime=tree["runtime"]["name"],
+        runtime=runtime,
         logger=tree["logger"]["kind"],
         logger_options=_without(tree["logger"], "kind", "description"),
         log=LogOptions(**{key: _flag(f"log.{key}", value) for key, value in tree["log"].items()}),

@@ -32,7 +32,7 @@ from common.types import RequestStatus
 __all__ = ["LoadedRun", "RunFolder", "load_run", "replacing"]
 
 STATUS_NAMES = tuple(status.name.lower() for status in sorted(RequestStatus))
-OWN_FILES = ("config.yaml", "summary.json", "trace.json", *(f"{t}.parquet" for t in
+OWN_FILES = ("config.yaml", "summary.json", "trace.json", "outputs.jsonl", *(f"{t}.parquet" for t in
              ("requests", "timeline", "segments", "moves", "marks")))  # fmt: skip
 FIGURES = ("overview", "latency_cdf")
 
@@ -71,6 +71,7 @@ class RunFolder:
         facts: Mapping[str, Any],
         simulate_s: float,
         log_segments: bool = False,
+        outputs: str | None = None,
     ) -> dict[str, Any]:
         """Write tables, config, summary and at last the manifest, which is returned.
 
@@ -86,6 +87,8 @@ class RunFolder:
             write_s = time.perf_counter() - begin
             for table, columns in optional_tables(record, log_segments).items():
                 self.write_table(table, columns)
+            if outputs is not None:
+                self.write_text("outputs.jsonl", outputs)
             self.write_text("config.yaml", config_yaml)
             self.write_text("summary.json", _json(summary))
             manifest = _manifest(record, facts, self._started_at, simulate_s, write_s)

@@ -210,6 +210,15 @@ class CellStore:
         if self.poison is not None:
             self.poison(named.cells[own].astype(np.int64))
 
+    def adopt(self, digest: bytes, like: Named) -> Named:
+        """Cells for a cached block that comes from another tier: those layers, under that name."""
+        scratch = RequestCells(self.num_layers)
+        scratch.reach(1)
+        self._allocate(-1, scratch, (like.run >= 0)[:, None])
+        named = Named(scratch.table[:, 0].copy(), scratch.run[:, 0].copy(), None)
+        self.named.store(digest, named)
+        return named
+
     # ------------------------------------------------------------ the range
 
     def grow(self, num_cells: int) -> None:
@@ -222,7 +231,7 @@ class CellStore:
     def shrink(self, num_cells: int) -> list[tuple[int, int, int]]:
         """Compact; every table follows. Returns moves (from, to, cells) that the caller makes in this order."""
         size = self.range.num_cells
-        moves = [tuple(move) for move in self.range.shrink(num_cells)]
+        moves = [(move.src, move.dst, move.num_cells) for move in self.range.shrink(num_cells)]
         if moves:
             place = np.arange(size, dtype=np.int32)
             for src, dst, num in moves:
@@ -234,7 +243,7 @@ class CellStore:
             for named in self.named:
                 for array in (named.cells, named.run):
                     array[array >= 0] = place[array[array >= 0]]
-        return moves  # type: ignore[return-value]
+        return moves
 
     def clear(self) -> None:
         """Everything is gone (the instance died)."""

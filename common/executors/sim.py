@@ -73,6 +73,7 @@ class SimExecutor:
 
     state_type: type[SimState] = SimState
     members_type: type[Members] = Members
+    losses_type: type[Losses] = Losses
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class SimExecutor:
         self._workload = workload
         prompt = integers(workload.prompt_tokens)
         self.members = self.members_type(self.state, self, prompt, integers(workload.output_tokens))
-        self.losses = Losses(self)
+        self.losses = self.losses_type(self)
         self.generated = self.members.generated
         self._segments = record.segments.packed
         self._costs: dict[tuple[int, bool, bool], StageCost] = {}
@@ -555,6 +556,17 @@ class SimExecutor:
 
     def _mark(self, command: Mark) -> None:
         self.record.marks.append((self.state.now, command.instance, command.kind, command.text))
+
+    def report(self) -> dict[str, Any]:
+        """What a runtime with real tensors tells of its engine, for the manifest; nothing here."""
+        return {}
+
+    def outputs(self) -> dict[int, list[int]] | None:
+        """Generated token ids by request; None where there are no tokens."""
+        return None
+
+    def close(self) -> None:
+        """Give back what lies outside this process's ordinary memory."""
 
     # ------------------------------------------------------------ for runtimes that have real bytes
 

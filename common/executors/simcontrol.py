@@ -314,7 +314,10 @@ class Control:
 
     def refresh_remote(self, lane: SimLane, chunks: Sequence[tuple[int, int]], num: int) -> None:
         """The lane's next iteration is priced: its creditors are slowed by its remote work until the next one."""
-        load = creditor_load(lane, chunks, num)
+        self.load_creditors(lane, creditor_load(lane, chunks, num))
+
+    def load_creditors(self, lane: SimLane, load: dict[int, float]) -> None:
+        """These instances give these shares of their time to the lane, and no others do."""
         for instance in self.creditors.get(lane.id, ()):
             if instance not in load:
                 self.executor.instances[instance].remote_load.pop(lane.id, None)

@@ -9,7 +9,7 @@ from typing import Any
 from common.driver import drive
 from common.executors.sim import SimExecutor
 from common.record import RequestColumns, RunRecord
-from common.types import Command, Event, Mark
+from common.types import Command, Event, Mark, Tier
 from tests.contract.script import Script
 from tests.fakes import cluster
 
@@ -75,4 +75,29 @@ def walk_sim(walk: type[Script], leap: int | None) -> Outcome:
     return outcome
 
 
-RUNTIMES: dict[str, Callable[[type[Script], int | None], Outcome]] = {"sim": walk_sim}
+def walk_local(walk: type[Script], leap: int | None) -> Outcome:
+    """With real tensors on this process's CPU: free cells hold NaN, and every reply is that of an undisturbed run."""
+    from common.executors.local import LocalExecutor
+    from tests.engine.worlds import check_tokens, tiny_world
+
+    world = walk.world
+    model = cluster(world.instances, world.blocks, world.layers, world.block_size, world.running, world.host_blocks)
+    record = RunRecord(RequestColumns.empty(len(walk.workload.prompt_tokens)))
+    engine = tiny_world(model)
+    executor = LocalExecutor(model, walk.workload, record, world=engine)
+    outcome = Outcome(walk(model.info(), leap), record)
+    drive(outcome.policy, Recorder(executor, outcome.trace), record)
+    for instance, live in engine.instances.items():
+        for store in live.stores.values():
+            store.check()
+        assert live.stores[Tier.HBM].used == executor.state.memory[instance].used
+        assert live.stores[Tier.DRAM].used == executor.state.memory[instance].host_used
+    for info, memory in zip(model.instances, executor.state.memory):
+        outcome.used[info.instance], outcome.cached[info.instance] = memory.used, memory.cached
+        outcome.host_used[info.instance], outcome.host_cached[info.instance] = memory.host_used, memory.host_cached
+    check_tokens(executor)
+    engine.close()
+    return outcome
+
+
+RUNTIMES: dict[str, Callable[[type[Script], int | None], Outcome]] = {"sim": walk_sim, "local": walk_local}

@@ -1,0 +1,128 @@
+"""From a configuration to a world of real tensors (`runtime=local`): real sizes, real parameters, one device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from common.build import cluster_model
+from common.config import RunConfig
+from common.engine.folder import FolderSource
+from common.engine.instance import cell_bytes
+from common.engine.layout import LayerLayout
+from common.engine.sampler import SamplingParams
+from common.engine.spec import DecoderSpec, check_device, dtype_named, from_hf, from_model_spec
+from common.engine.weights import MemorySource, ParameterSource, RandomSource
+from common.engine.world import EngineWorld
+from common.errors import CapacityError, ConfigError
+from common.executors.cluster import ClusterModel
+from common.executors.local import LocalExecutor
+from common.executors.source import WorkloadLike
+from common.record import RunRecord
+
+
+class NoCost:
+    """Under the measured clock nothing is asked what it would cost."""
+
+    skew_alphas: Sequence[float] = ()
+
+    def iteration_ns(self, chunks: Any, num_decodes: int, context: int, num_logits: int) -> int:
+        raise AssertionError("the measured clock asks no cost model")
+
+    def decode_prefix(self, batch: int, upto: int) -> list[int]:
+        raise AssertionError("the measured clock asks no cost model")
+
+    def partial_attention_ns(self, batch: int, context: int) -> int:
+        raise AssertionError("the measured clock asks no cost model")
+
+    def merge_ns(self, tokens: int) -> int:
+        raise AssertionError("the measured clock asks no cost model")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `auto` came to."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def choose_device(config: RunConfig) -> Choice:
+    """The device and type of a run; ConfigError when they are not to be had."""
+    runtime = config.runtime
+    name = runtime.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("runtime.device=cuda: no CUDA device is visible; use runtime.device=cpu")
+    device = torch.device(name, 0) if name == "cuda" else torch.device(name)
+    if runtime.dtype == "auto":
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    else:
+        dtype = dtype_named(runtime.dtype)
+    check_device(device, dtype)
+    return Choice(device, dtype)
+
+
+def decoder_spec(config: RunConfig, dtype: torch.dtype) -> DecoderSpec:
+    """The decoder of a configuration: a Hugging Face folder's, or the sizes of conf/model."""
+    if config.runtime.weights is not None:
+        return from_hf(config.runtime.weights, dtype)
+    return from_model_spec(config.model, dtype)
+
+
+def parameter_source(config: RunConfig, spec: DecoderSpec) -> ParameterSource:
+    """Host copies that instances load from: the folder's, or random ones by the run's seed."""
+    if config.runtime.weights is not None:
+        return FolderSource(config.runtime.weights, spec.dtype)
+    return MemorySource(RandomSource(spec, config.seed))
+
+
+def local_cluster(config: RunConfig, spec: DecoderSpec) -> ClusterModel:
+    """The cluster with the sizes of real tensors. Links, and the modelled clock's costs, are the hardware's."""
+    if config.cluster.tp != 1:
+        raise ConfigError(f"cluster.tp={config.cluster.tp}: runtime=local runs each instance on one device; use 1")
+    bytes_each = spec.dtype.itemsize
+    costs = cluster_model(replace(config, model=replace(config.model, dtype_bytes=2)))
+    sized = cluster_model(replace(config, model=replace(config.model, dtype_bytes=bytes_each)))
+    cell = cell_bytes(spec, config.engine.block_size, spec.dtype)
+    layer = LayerLayout(spec, spec.dtype).num_bytes
+    infos = tuple(info._replace(cell_bytes=cell, layer_param_bytes=layer) for info in sized.instances)
+    measured = config.runtime.clock == "measured"
+    return replace(sized, instances=infos, cost=(lambda *shape: NoCost()) if measured else costs.cost)
+
+
+def check_memory(cluster: ClusterModel, spec: DecoderSpec, device: torch.device) -> None:
+    """Raise CapacityError unless this device holds every instance's parameters and KV range."""
+    need = sum(info.num_layers * info.layer_param_bytes + info.kv_cells * info.cell_bytes for info in cluster.instances)
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info(device)[0]
+    else:  # pages come when they are written: only parameters must be there from the start
+        need = sum(info.num_layers * info.layer_param_bytes for info in cluster.instances if info.running)
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if need > have:
+        raise CapacityError(
+            f"model {spec.name}: {len(cluster.instances)} instances need {need:,} bytes on {device}, {have:,} are "
+            "free; use fewer instances (cluster.num_instances), a smaller model, or engine.kv_blocks"
+        )
+
+
+def local_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord, **options: Any) -> LocalExecutor:
+    """An executor and its world. The caller closes `executor.world`."""
+    choice = choose_device(config)
+    if choice.device.type == "cpu":
+        torch.set_num_threads(config.runtime.threads)
+    spec = decoder_spec(config, choice.dtype)
+    cluster = local_cluster(config, spec)
+    check_memory(cluster, spec, choice.device)
+    attention = None if config.runtime.attention == "auto" else config.runtime.attention
+    world = EngineWorld(
+        cluster.instances, spec, parameter_source(config, spec), config.engine.block_size, device=str(choice.device),
+        attention=attention, sampling=SamplingParams(temperature=config.runtime.temperature, seed=config.seed),
+        seed=config.seed, poison=config.runtime.check,
+    )  # fmt: skip
+    return LocalExecutor(cluster, workload, record, world=world, measured=config.runtime.clock == "measured", **options)

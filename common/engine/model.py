@@ -1,0 +1,85 @@
+"""The decoder's arithmetic. It owns no parameters and no KV: weights are views of slabs, attention is the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from common.engine.head import Head
+from common.engine.layout import LayerWeights
+from common.engine.rope import RopeTable, Rotation, rotate
+from common.engine.spec import DecoderSpec, check_device
+
+# q_THD, k_TGD, v_TGD -> o_THD. Writes K and V where they belong and attends. Its inputs may be strided views (the last
+# dimension is always contiguous) and live until the layer ends.
+_MLP_ROWS = 512  # rows of the MLP at once on a CPU: what they need in between stays in cache
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Decoder:
+    """One dense decoder on one device. All calls are pure but for `layer`, which updates `x` in place."""
+
+    def __init__(self, spec: DecoderSpec, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        self.spec = spec
+        self.device = torch.device(device)
+        self.dtype = dtype or spec.dtype
+        check_device(self.device, self.dtype)
+        self.rope = RopeTable(spec, self.device, self.dtype)
+        self._eps = torch.tensor(spec.rms_eps, dtype=torch.float32, device=self.device)
+
+    def embed(self, ids_T: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, hidden] of token ids [T], in a new tensor; `table` is [vocab, hidden]."""
+        return table.index_select(0, ids_T)
+
+    def rotation(self, positions_T: torch.Tensor) -> Rotation:
+        """What every layer of one iteration needs to know of its tokens' positions."""
+        return self.rope.at(positions_T)
+
+    def layer(self, weights: LayerWeights, x: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
+        """One decoder layer over `x` [T, hidden], in place; returns `x`."""
+        q, k, v = self.project(weights, x, rotation)
+        x.addmm_(attend(q, k, v).reshape(x.shape[0], -1), weights.o)
+        return self.mlp(weights, x)
+
+    def project(
+        self, weights: LayerWeights, x: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries [T, H, D] and keys [T, G, D], and values [T, G, D] of a layer's input."""
+        spec, tokens = self.spec, x.shape[0]
+        hidden = self.norm(x, weights.input_norm)
+        if weights.qkv_bias is None:
+            qkv = torch.mm(hidden, weights.qkv)
+        else:
+            qkv = torch.addmm(weights.qkv_bias, hidden, weights.qkv)
+        heads = qkv.view(tokens, -1, spec.head_dim)
+        kv_start, v_start = spec.num_heads, spec.num_heads + spec.num_kv_heads
+        if weights.q_norm is not None and weights.k_norm is not None:
+            q = rotate(self.norm(heads[:, :kv_start], weights.q_norm), rotation)
+            k = rotate(self.norm(heads[:, kv_start:v_start], weights.k_norm), rotation)
+            return q, k, heads[:, v_start:]
+        qk = rotate(heads[:, :v_start], rotation)
+        return qk[:, :kv_start], qk[:, kv_start:], heads[:, v_start:]
+
+    def mlp(self, weights: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+        """Adds the gated MLP of `x` [T, hidden] to it, in place."""
+        inner = self.spec.intermediate_size
+        for rows in torch.split(x, _MLP_ROWS) if self.device.type == "cpu" else (x,):
+            gate_up = torch.mm(self.norm(rows, weights.post_norm), weights.gate_up)
+            rows.addmm_(F.silu(gate_up[:, :inner]).mul_(gate_up[:, inner:]), weights.down)
+        return x
+
+    def logits(self, x_rows: torch.Tensor, norm: torch.Tensor, head: Head) -> torch.Tensor:
+        """Logits [n, vocab] of the hidden states [n, hidden] of those tokens that need them."""
+        return head(self.norm(x_rows, norm))
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x / rms(x) * weight over the last dimension, in a new tensor; the mean square is fp32."""
+        if x.is_cuda:
+            return F.rms_norm(x, weight.shape, weight, self.spec.rms_eps)
+        full = x.float()
+        length = torch.linalg.vector_norm(full, dim=-1, keepdim=True)
+        inverse = torch.addcmul(self._eps, length, length, value=1.0 / x.shape[-1]).rsqrt_()
+        out: torch.Tensor = (full * inverse).to(x.dtype)
+        return out.mul_(weight)

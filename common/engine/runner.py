@@ -1,0 +1,227 @@
+"""Runs iterations: stages follow the route, attention follows the placement. Knows instances, never systems.
+
+Per layer the home instance projects q, k, v; every instance that a placement names stores the new KV that is its
+own, attends over what it has, and returns `(o, lse)`; home merges. A kernel is only ever given one instance's cells.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.engine.cells import CellStore
+from common.engine.head import Head
+from common.engine.instance import EngineInstance
+from common.engine.model import Attend, Decoder
+from common.engine.sampler import Draw, SamplingParams, greedy, sample
+from common.engine.weights import ParameterSource
+from common.engine.work import Batch, PlacePlan, plan_band, to_device
+from common.errors import ContractError
+from common.kernels.cache import write_kv
+from common.kernels.merge import merge_into
+from common.kernels.plan import Backend
+from common.types import Layers, Tier
+
+
+class Remote(NamedTuple):
+    """What one creditor did in one layer: bytes of queries and new KV out, of partial results back, and seconds."""
+
+    instance: int
+    out_bytes: int
+    back_bytes: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class LayerTimes:
+    """Where one layer's attention time went, when any of it was remote."""
+
+    local_s: float
+    remote: list[Remote]
+
+
+@dataclass(slots=True)
+class StageTimes:
+    """Wall seconds of one stage of one iteration, all parts one after the other, and its layers with remote work."""
+
+    seconds: float = 0.0
+    layers: list[LayerTimes] = field(default_factory=list)
+
+
+class Item:
+    """One iteration of a lane, from its first stage to its last."""
+
+    __slots__ = ("batch", "hidden", "ids", "sampled")
+
+    def __init__(self, batch: Batch, ids: list[int]) -> None:
+        self.batch = batch
+        self.ids = ids
+        self.hidden: Tensor | None = None
+        self.sampled: list[tuple[int, int]] = []  # (request, token), once the last stage has run
+
+
+class Place(NamedTuple):
+    """One instance's part in a band of layers, on the device: (tokens, slots) to write, (plan, queries) to attend."""
+
+    engine: EngineInstance
+    writes: list[tuple[Tensor | None, Tensor]]
+    passes: list[tuple[Any, Tensor | None]]
+
+
+def _sent(
+    place: Place, q: Tensor, k: Tensor, num_new: int, theirs: list[tuple[Tensor | None, Tensor, Tensor]], seconds: float
+) -> Remote:
+    """What a creditor's part of a layer would send: each query and each merged partial once, new K and V."""
+    queries = {int(one) for index, part, _ in theirs
+               for one in (range(len(part)) if index is None else index.tolist())}  # fmt: skip
+    one_query = q[0].numel() * q.element_size()
+    new_bytes = num_new * 2 * k[0].numel() * k.element_size()
+    back = len(queries) * (one_query + 4 * q.shape[1])
+    return Remote(place.engine.info.instance, len(queries) * one_query + new_bytes, back, seconds)
+
+
+class Runner:
+    """Owns the decoder and the replicated tables (embedding, head, final norm: read-only, shared by all instances)."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        source: ParameterSource,
+        backend: Backend,
+        instances: Mapping[int, EngineInstance],
+        block_size: int,
+        sampling: SamplingParams | None = None,
+        check_finite: bool = False,
+    ) -> None:
+        self.decoder = decoder
+        self.backend = backend
+        self.instances = instances
+        self.block_size = block_size
+        self.sampling = sampling or SamplingParams()
+        self.check_finite = check_finite
+        device = decoder.device
+        self._embedding = source.embedding().to(device)
+        self._head = Head(source.head().to(device))
+        self._norm = source.final_norm().to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything runs."""
+        return self.decoder.device
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def run_stage(self, item: Item, home: int, layers: Layers) -> StageTimes:
+        """Run a stage's layers; the last stage also samples. Blocks until the device is done."""
+        times = StageTimes()
+        self._wait()
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            if layers[0] == 0:
+                ids = torch.tensor(item.ids, dtype=torch.int64, device=self.device)
+                item.hidden = self.decoder.embed(ids, self._embedding)
+            assert item.hidden is not None, "a later stage ran before the first"
+            rotation = self.decoder.rotation(to_device(item.batch.positions(), self.device))
+            for band in item.batch.bands(layers):
+                places = self._prepare(item.batch, home, band)
+                for layer in range(*band):
+                    attend = self._attend(places, layer - band[0], times)
+                    weights = self.instances[home].layer(layer)
+                    item.hidden = self.decoder.layer(weights, item.hidden, rotation, attend)
+            if layers[1] == self.decoder.spec.num_layers:
+                self._sample(item)
+        self._wait()
+        times.seconds = time.perf_counter() - begin
+        return times
+
+    # ------------------------------------------------------------ attention
+
+    def _prepare(self, batch: Batch, home: int, band: Layers) -> list[Place]:
+        def store(instance: int) -> CellStore:
+            return self.instances[instance].stores[Tier.HBM]
+
+        return [self._on_device(plan) for plan in plan_band(batch, home, band, self.block_size, store)]
+
+    def _on_device(self, plan: PlacePlan) -> Place:
+        device = self.device
+        writes = [(to_device(write.tokens, device), to_device(write.slots, device)) for write in plan.writes]
+        passes = [(self.backend.plan(part.rows, device), to_device(part.queries, device)) for part in plan.passes]
+        return Place(self.instances[plan.instance], writes, passes)
+
+    def _write(self, place: Place, k: Tensor, v: Tensor, layer: int) -> int:
+        """Store the new KV that belongs to a place; returns how many tokens."""
+        num = 0
+        for tokens, slots in place.writes:
+            at = slots[layer] if slots.ndim == 2 else slots + layer * self.block_size
+            keys, values = (k, v) if tokens is None else (k[tokens], v[tokens])
+            write_kv(place.engine.kv, keys, values, at)
+            num += len(at)
+        return num
+
+    def _partials(self, place: Place, q: Tensor, layer: int) -> list[tuple[Tensor | None, Tensor, Tensor]]:
+        """(queries, o, lse) of each of a place's passes."""
+        scale = self.decoder.spec.scale
+        return [(queries, *self.backend.run(plan, q, place.engine.kv, layer, scale)) for plan, queries in place.passes]
+
+    def _merged(self, parts: list[tuple[Tensor | None, Tensor, Tensor]]) -> Tensor:
+        """One output from home's first pass, which has every query, and the others."""
+        (_, o, lse), *others = parts
+        for queries, part, part_lse in others:
+            index = torch.arange(len(part), device=self.device) if queries is None else queries
+            merge_into(o, lse, index, part, part_lse)
+        return o
+
+    def _attend(self, places: list[Place], layer: int, times: StageTimes) -> Attend:
+        home, *creditors = places
+
+        def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._write(home, k, v, layer)
+            return self._merged(self._partials(home, q, layer))
+
+        def together(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._wait()
+            start = time.perf_counter()
+            self._write(home, k, v, layer)
+            parts = self._partials(home, q, layer)
+            self._wait()
+            report = LayerTimes(time.perf_counter() - start, [])
+            for place in creditors:
+                start = time.perf_counter()
+                num_new = self._write(place, k, v, layer)
+                theirs = self._partials(place, q, layer)
+                self._wait()
+                seconds = time.perf_counter() - start
+                report.remote.append(_sent(place, q, k, num_new, theirs, seconds))
+                parts += theirs
+            times.layers.append(report)
+            return self._merged(parts)
+
+        return together if creditors else alone
+
+    # ------------------------------------------------------------ tokens
+
+    def _sample(self, item: Item) -> None:
+        works = [work for work in item.batch.works if work.sample]
+        assert item.hidden is not None
+        if not works:
+            return
+        rows = to_device(item.batch.sampled_rows(), self.device)
+        logits = self.decoder.logits(item.hidden[rows], self._norm, self._head)
+        if self.check_finite and not bool(torch.isfinite(logits).all()):
+            bad = works[int(torch.argmin(torch.isfinite(logits).all(dim=1).int()))]
+            raise ContractError(f"request {bad.request_id}: NaN at position {bad.first + bad.num - 1}: KV was read "
+                                "that nobody had written, or that was freed")  # fmt: skip
+        if self.sampling.temperature == 0.0:
+            tokens = greedy(logits)
+        else:
+            draws = [Draw(self.sampling, work.request_id, work.first + work.num) for work in works]
+            tokens = sample(logits, draws)
+        item.sampled = list(zip([work.request_id for work in works], np.asarray(tokens.cpu()).tolist()))

@@ -1,0 +1,84 @@
+"""All instances of a cluster on one device: what `runtime=local` runs on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from common.engine.instance import EngineInstance, RemapLog
+from common.engine.model import Decoder
+from common.engine.runner import Runner
+from common.engine.sampler import SamplingParams
+from common.engine.spec import DecoderSpec
+from common.engine.weights import ParameterSource
+from common.kernels.select import choose
+from common.types import InstanceInfo
+
+
+class EngineWorld:
+    """Owns the instances and the one runner. `poison`: free cells hold NaN, and a NaN in logits is an error."""
+
+    def __init__(
+        self,
+        infos: Sequence[InstanceInfo],
+        spec: DecoderSpec,
+        source: ParameterSource,
+        block_size: int,
+        *,
+        device: str = "cpu",
+        attention: str | None = None,
+        sampling: SamplingParams | None = None,
+        seed: int = 0,
+        poison: bool = False,
+    ) -> None:
+        self.infos = infos
+        self.spec = spec
+        self.source = source
+        self.block_size = block_size
+        self.device = torch.device(device)
+        self.seed = seed
+        self.poison = poison
+        self.instances: dict[int, EngineInstance] = {}
+        self._gone: list[RemapLog] = []  # of instances that were stopped or lost
+        decoder = Decoder(spec, self.device, spec.dtype)
+        self.backend = choose(self.device, spec.dtype, block_size, attention)
+        self.runner = Runner(decoder, source, self.backend, self.instances, block_size, sampling, check_finite=poison)
+
+    def start(self, index: int) -> None:
+        """An instance with all its parameters and an empty KV range."""
+        assert index not in self.instances, f"instance {index} is there already"
+        self.instances[index] = EngineInstance(
+            self.infos[index], self.spec, self.spec.dtype, self.device, self.block_size, self.source, self.poison
+        )
+
+    def stop(self, index: int) -> None:
+        """An instance goes with all its bytes."""
+        engine = self.instances.pop(index, None)
+        if engine is not None:
+            self._gone.append(engine.remaps)
+            engine.close()
+
+    def describe(self) -> dict[str, str]:
+        """Device, type and kernels, as chosen once."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return {"device": f"{self.device} ({name})", "dtype": str(self.spec.dtype).removeprefix("torch."),
+                "attention": self.backend.reason, "torch": torch.__version__}  # fmt: skip
+
+    def remaps(self) -> dict[str, int]:
+        """What changing parameters into KV and back has really done, over all instances that there have been."""
+        total: Counter[str] = Counter()
+        for log in [*self._gone, *(engine.remaps for engine in self.instances.values())]:
+            for kind, remaps in (("drop", log.drops), ("restore", log.restores)):
+                total[f"{kind}s"] += len(remaps)
+                total[f"{kind}_pages"] += sum(remap.num_pages for remap in remaps)
+                total[f"{kind}_bytes"] += sum(remap.num_bytes for remap in remaps)
+                total[f"{kind}_ns"] += sum(remap.elapsed_ns for remap in remaps)
+            total["compacted_cells"] += log.compacted_cells
+        return dict(total)
+
+    def close(self) -> None:
+        """Give all memory back."""
+        for index in list(self.instances):
+            self.stop(index)

@@ -1,0 +1,53 @@
+"""`runtime=…` as plain numbers and names: what kind of world carries the commands out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from common.errors import ConfigError
+
+CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "clock": ("measured", "modelled"),
+    "attention": ("auto", "torch", "triton", "flash"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeConfig:
+    """`sim` has a name only; the other keys are those of conf/runtime/local.yaml."""
+
+    name: str
+    device: str = "auto"
+    dtype: str = "auto"
+    clock: str = "measured"
+    attention: str = "auto"
+    weights: str | None = None
+    temperature: float = 0.0
+    threads: int = 1
+    check: bool = False
+
+    @classmethod
+    def from_mapping(cls, tree: Mapping[str, Any]) -> RuntimeConfig:
+        """Raises ConfigError on a key that this runtime does not have, or a value that it cannot use."""
+        name = str(tree["name"])
+        known = {"name"} if name == "sim" else {field.name for field in fields(cls)}
+        for key, value in tree.items():
+            if key not in known:
+                raise ConfigError(f"runtime.{key} is unknown for runtime={name}; known: {', '.join(sorted(known))}")
+            if key in CHOICES and value not in CHOICES[key]:
+                raise ConfigError(f"runtime.{key}={value!r} is unknown; choose one of: {', '.join(CHOICES[key])}")
+        config = cls(**tree)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        if isinstance(self.threads, bool) or not isinstance(self.threads, int) or self.threads < 1:
+            raise ConfigError(f"runtime.threads={self.threads!r}: give a whole number of at least 1")
+        if isinstance(self.temperature, bool) or not isinstance(self.temperature, int | float) or self.temperature < 0:
+            raise ConfigError(f"runtime.temperature={self.temperature!r}: give a number of at least 0 (0: greedy)")
+        if not isinstance(self.check, bool):
+            raise ConfigError(f"runtime.check={self.check!r}: use true or false")

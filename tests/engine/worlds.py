@@ -1,0 +1,90 @@
+"""Tiny worlds for `runtime=local`, and the judge of its tokens: a dense decoder that knows no paging."""
+
+from __future__ import annotations
+
+import torch
+
+from common.engine.head import Head
+from common.engine.model import Decoder
+from common.engine.spec import DecoderSpec
+from common.engine.weights import MemorySource, RandomSource
+from common.engine.world import EngineWorld
+from common.executors.cluster import ClusterModel
+from common.executors.local import LocalExecutor
+from common.types import RequestStatus
+
+torch.set_num_threads(1)
+_SOURCES: dict[tuple[object, ...], MemorySource] = {}
+
+
+def tiny_spec(num_layers: int = 4, num_heads: int = 2, num_kv_heads: int = 2, head_dim: int = 16) -> DecoderSpec:
+    """Cells of 4,096 bytes at 16 tokens a block, as `tests.fakes.cluster` counts them; fp32."""
+    return DecoderSpec(
+        name="tiny", family="llama", num_layers=num_layers, hidden_size=32, intermediate_size=32, num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_dim=head_dim, vocab_size=512, tied=True, max_position=1 << 20,
+    )  # fmt: skip
+
+
+def source_of(spec: DecoderSpec, seed: int = 0) -> MemorySource:
+    """Random weights, made once per process."""
+    key = (spec, seed)
+    if key not in _SOURCES:
+        _SOURCES[key] = MemorySource(RandomSource(spec, seed))
+    return _SOURCES[key]
+
+
+def tiny_world(model: ClusterModel, spec: DecoderSpec | None = None, poison: bool = True, **options) -> EngineWorld:
+    """A world for a cluster of `tests.fakes`, or of any spec whose cells have that size."""
+    spec = spec or tiny_spec(model.num_layers)
+    return EngineWorld(model.instances, spec, source_of(spec), model.block_size, poison=poison, **options)
+
+
+def undisturbed(spec: DecoderSpec, source: MemorySource, prompt: list[int], num_tokens: int) -> list[int]:
+    """Greedy tokens of one request alone, dense attention over its whole past, one token at a time."""
+    decoder = Decoder(spec, "cpu", spec.dtype)
+    weights = [source.layout.views(source.slab(index)) for index in range(spec.num_layers)]
+    past: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * spec.num_layers
+    ids, out = torch.tensor(prompt), []
+    position, head = 0, Head(source.head())
+    with torch.inference_mode():
+        while len(out) < num_tokens:
+            x = decoder.embed(ids, source.embedding())
+            rotation = decoder.rotation(torch.arange(position, position + len(ids)))
+            for index in range(spec.num_layers):
+                x = decoder.layer(weights[index], x, rotation, _dense(spec, past, index))
+            token = int(decoder.logits(x[-1:], source.final_norm(), head).argmax())
+            position += len(ids)
+            out.append(token)
+            ids = torch.tensor([token])
+    return out
+
+
+def _dense(spec, past, index):
+    def attend(q, k, v):
+        if past[index] is not None:
+            k, v = torch.cat([past[index][0], k]), torch.cat([past[index][1], v])
+        past[index] = (k.clone(), v.clone())
+        group = spec.num_heads // spec.num_kv_heads
+        keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", q, keys) * spec.scale
+        first = len(k) - len(q)
+        mask = torch.arange(len(k))[None] > torch.arange(len(q))[:, None] + first
+        scores = scores.masked_fill(mask, float("-inf"))
+        return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+
+    return attend
+
+
+def check_tokens(executor: LocalExecutor) -> int:
+    """Every finished request has the reply of an undisturbed run; returns how many tokens were compared."""
+    spec, compared = executor.world.spec, 0
+    status = executor.record.requests.status
+    for request_id, ids in executor.tokens.items():
+        if status[request_id] != RequestStatus.FINISHED:
+            continue
+        length = executor.members.prompt[request_id]
+        want = undisturbed(spec, executor.world.source, ids[:length], executor.members.output[request_id])
+        assert ids[length:] == want, f"request {request_id} says something else than an undisturbed run"
+        compared += len(want)
+    assert compared, "no request finished"
+    return compared
