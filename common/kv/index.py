@@ -133,6 +133,11 @@ class PrefixIndex:
         self._uses += 1
         node.used = self._uses
         node.tick = self._tick
+        self.give_up(lease)
+
+    def give_up(self, lease: Lease) -> None:
+        """Unpin what was pinned for nothing: the order of eviction stays as if it had never been."""
+        node = _held(lease)
         lease.node = None
         self._num_leases -= 1
         self._unpin(node)

@@ -321,7 +321,7 @@ class LaneScheduler:
                 return None
             lease = index.acquire(text, hit)
             if need + reserve > self.free + index.evictable_blocks:
-                index.release(lease)
+                index.give_up(lease)
                 return None
             seq.lease = lease
             if need > self.free:  # the join takes them over: `reclaim` covers it

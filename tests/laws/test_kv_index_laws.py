@@ -334,3 +334,16 @@ def test_a_split_under_leases_keeps_them_valid():
     assert [(run.start_block, run.end_block) for run in index.evict(18)] == [
         (10, 16), (10, 12), (5, 10), (0, 5),
     ]  # fmt: skip
+
+
+def test_what_is_given_up_was_never_used():
+    """A holder that did not need its pin leaves the order of eviction as it was; one that used it does not."""
+    for end, first in (("give_up", "a"), ("release", "b")):
+        index = PrefixIndex(BLOCK)
+        for name in "ab":
+            index.release(_stored(index, ((name, 0, 8),)))
+        getattr(index, end)(index.acquire((("a", 0, 8),), 8))
+        index.check()
+        assert index.evictable_blocks == 4 and index.num_leases == 0
+        [gone] = index.evict(1)
+        assert gone.run.pieces[0][0] == first
