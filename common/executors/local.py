@@ -16,7 +16,7 @@ from typing import Any
 
 from common.engine.instance import move_blocks
 from common.engine.runner import Item, StageTimes
-from common.engine.tokens import TokenSource
+from common.engine.tokens import GENERATED, TokenSource
 from common.engine.work import Batch, Work
 from common.engine.world import EngineWorld
 from common.errors import ContractError
@@ -34,6 +34,7 @@ from common.types import (
     FreeSpan,
     LoadLayers,
     Placement,
+    RequestStatus,
     RunStep,
     Span,
     Status,
@@ -104,10 +105,10 @@ class LocalExecutor(SimExecutor):
         """All known ids of a request: prompt and reply so far."""
         ids = self.tokens.get(request_id)
         if ids is None:
-            ids = self.source.expand(self.prompt_content(request_id), self.reply)
+            ids = self.source.expand(self.prompt_content(request_id), self._told)
             length = self.members.prompt[request_id]
             if len(ids) != length:
-                raise ContractError(f"request {request_id}: its content names {len(ids)} tokens, its prompt has {length}")
+                raise ContractError(f"request {request_id}: its content names {len(ids)} tokens, its prompt {length}")
             self.tokens[request_id] = ids
         return ids
 
@@ -118,6 +119,15 @@ class LocalExecutor(SimExecutor):
     def reply(self, request_id: int) -> list[int]:
         """What a request has generated so far."""
         return self.known(request_id)[self.members.prompt[request_id] :]
+
+    def _told(self, request_id: int) -> list[int]:
+        """A reply as prompts name it. Of a request that was refused or given up the client goes on as if it had been
+        answered in full: what was never generated is made up."""
+        ids = self.reply(request_id)
+        if self.record.requests.status[request_id] != RequestStatus.REJECTED:
+            return ids
+        rest = self.members.output[request_id] - len(ids)
+        return ids + self.source.piece(f"{GENERATED}{request_id}", len(ids), rest).tolist()
 
     # ------------------------------------------------------------ contract
 
@@ -323,7 +333,8 @@ class LocalExecutor(SimExecutor):
         import numpy as np
 
         found = np.full((high - low, last - first), -1, np.int32)
-        names = self.books.names(command.request_id, min(last, self.num_known(command.request_id) // self.state.block_size))
+        full = self.num_known(command.request_id) // self.state.block_size
+        names = self.books.names(command.request_id, min(last, full))
         for block in range(first, last):
             if own is not None and block < own.table.shape[1] and (own.table[low:high, block] >= 0).all():
                 found[:, block - first] = own.table[low:high, block]
@@ -362,7 +373,8 @@ class LocalExecutor(SimExecutor):
         names = [digest for digest, _ in block_hashes(command.content, size)]
         digests = names[command.tokens[0] // size : command.tokens[1] // size]
         if any(store.named.get(digest) is None for digest in digests):
-            raise ContractError(f"swap {command.command_id}: its content is not all cached on instance {command.instance}")
+            raise ContractError(f"swap {command.command_id}: its content is not all cached on instance "
+                                f"{command.instance}")  # fmt: skip
         return digests
 
     def _end_named_swap(self, command: SwapSpan, status: Status, source: Tier, goal: Tier) -> None:
