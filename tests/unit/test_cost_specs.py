@@ -18,6 +18,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 HARDWARE = [
     "a100-40g",
     "a100-80g",
+    "a100-80g-2024",
     "a800-80g",
     "h100-80g",
     "h800-80g",
