@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cost.engine import EngineTraits, engine_traits
+from common.cost.profiles import with_profile
 from common.cost.specs import HardwareSpec, ModelSpec, from_hf_config, load_hardware, load_model
 from common.errors import ConfigError
 from common.metrics import Slo
@@ -111,7 +112,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+            composed = hydra_compose("config", overrides=with_profile(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error, overrides)) from None
     return from_composed(composed)
@@ -139,20 +140,20 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
     runtime = RuntimeConfig.from_mapping(_without(tree["runtime"], "description"))
     hf_config = model.pop("hf_config", None) or runtime.weights
     spec = from_hf_config(str(hf_config)) if hf_config else load_model(_without(model, "description"))
-    engine = tree["engine"]
+    engine, hardware = tree["engine"], load_hardware(_without(tree["hardware"], "description"))
     return RunConfig(
         system=system.pop("name"),
         system_options=system,
         workload_name=_workload_name(tree["workload"], choices.get("workload")),
         workload=load_workload(tree["workload"]),
         model=spec,
-        hardware=load_hardware(_without(tree["hardware"], "description")),
+        hardware=hardware,
         cluster=_cluster(_without(tree["cluster"], "description")),
         engine=_engine(engine, spec),
         kv_blocks=_optional_int("engine.kv_blocks", engine["kv_blocks"]),
         gpu_memory_utilization=_number("engine.gpu_memory_utilization", engine["gpu_memory_utilization"]),
         cost_source=_choice("cost.source", tree["cost"]["source"], ("operators", "vidur")),
-        traits=engine_traits(tree["cost"]["traits"]),
+        traits=engine_traits(tree["cost"]["traits"], hardware),
         slo=Slo(_maybe("slo.ttft_ms", tree["slo"]["ttft_ms"]), _maybe("slo.tpot_ms", tree["slo"]["tpot_ms"])),
         runtime=runtime,
         logger=tree["logger"]["kind"],
