@@ -107,7 +107,7 @@ class Runner:
         self.check_finite = check_finite
         device = decoder.device
         self._embedding = source.embedding().to(device)
-        self._head = Head(source.head().to(device))
+        self.head = Head(source.head().to(device))
         self._norm = source.final_norm().to(device)
 
     @property
@@ -216,7 +216,7 @@ class Runner:
         if not works:
             return
         rows = to_device(item.batch.sampled_rows(), self.device)
-        logits = self.decoder.logits(item.hidden[rows], self._norm, self._head)
+        logits = self.decoder.logits(item.hidden[rows], self._norm, self.head)
         if self.check_finite and not bool(torch.isfinite(logits).all()):
             bad = works[int(torch.argmin(torch.isfinite(logits).all(dim=1).int()))]
             raise ContractError(f"request {bad.request_id}: NaN at position {bad.first + bad.num - 1}: KV was read "
