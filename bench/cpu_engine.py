@@ -32,19 +32,22 @@ SPEC = DecoderSpec(
     name="llama-23m", family="llama", num_layers=6, hidden_size=384, intermediate_size=1024, num_heads=6,
     num_kv_heads=6, head_dim=64, vocab_size=32000, tied=True, max_position=2048,
 )  # fmt: skip
-BATCH_TOKENS = (256, 512)  # of continuous batching; more than these is slower
+# Of continuous batching: tokens a batch, blocks of KV (None: enough for all). Larger batches were no faster.
+SETTINGS = ((256, 128), (256, None), (512, None))
 SEED = 1
+Settings = Sequence[tuple[int, int | None]]
 OURS, STATIC = "kvplane", "generate, static batch"
 
 
 # ------------------------------------------------------------ the comparison
 
 
-def compare(ours: Ours, theirs: Theirs, rounds: int, batch_tokens: Sequence[int]) -> dict[str, list[Timing]]:
+def compare(ours: Ours, theirs: Theirs, rounds: int, settings: Settings) -> dict[str, list[Timing]]:
     """Rounds of everybody in turn, after one that warms up."""
     runs: dict[str, Callable[[], Timing]] = {OURS: ours.once, STATIC: lambda: timed(theirs.static)}
-    for tokens in batch_tokens:
-        runs[f"generate_batch, {tokens} tokens a batch"] = partial(_continuous, theirs, tokens)
+    for tokens, blocks in settings:
+        name = f"generate_batch, {tokens} tokens a batch" + (f", {blocks} blocks" if blocks else "")
+        runs[name] = partial(_continuous, theirs, tokens, blocks)
     found: dict[str, list[Timing]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -54,8 +57,8 @@ def compare(ours: Ours, theirs: Theirs, rounds: int, batch_tokens: Sequence[int]
     return found
 
 
-def _continuous(theirs: Theirs, tokens: int) -> Timing:
-    return timed(lambda: theirs.continuous(tokens))
+def _continuous(theirs: Theirs, tokens: int, blocks: int | None) -> Timing:
+    return timed(lambda: theirs.continuous(tokens, blocks))
 
 
 def speed_table(found: dict[str, list[Timing]], load: Load) -> list[dict[str, Any]]:
@@ -213,15 +216,15 @@ def machine() -> str:
             f"load average {os.getloadavg()[0]:.1f}: other work may share the machine")  # fmt: skip
 
 
-def measure(spec: DecoderSpec, load: Load, rounds: int, seed: int, batch_tokens: Sequence[int], out: Path) -> Path:
+def measure(spec: DecoderSpec, load: Load, rounds: int, seed: int, settings: Settings, out: Path) -> Path:
     """Everything, and the report."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder_of(spec, seed, folder)
-        ours = Ours(folder, load)
+        ours = Ours(load, f"runtime.weights={folder}")
         prompts = ours.prompts()
         theirs = Theirs(folder, load, prompts)
-        found = compare(ours, theirs, rounds, batch_tokens)
+        found = compare(ours, theirs, rounds, settings)
         floor = matmul_floor(ours)
         parts = breakdown(ours)
         tokens = token_table(found, prompts, theirs)
@@ -234,8 +237,8 @@ def measure(spec: DecoderSpec, load: Load, rounds: int, seed: int, batch_tokens:
         f"{rounds} interleaved rounds after a warm-up; ratios are taken within a round. CPU seconds are of all threads "
         "of the process: they exceed one thread's if more were used, and leave out what other work took of the wall.",
         f"{OURS}: system=vllm, runtime=local, a fresh engine each round (its KV pages are faulted in anew), chunks of "
-        f"{ours.config.engine.max_num_batched_tokens} tokens. generate: SDPA, no end token. generate_batch: KV for all "
-        "requests, no sharing; the time includes what it sets up for each call.",
+        f"{ours.config.engine.max_num_batched_tokens} tokens. generate: SDPA, no end token. generate_batch: blocks of "
+        "32 tokens, enough for all requests unless it says how many, no sharing; with what it sets up for each call.",
         f"The matrix products alone take {floor[-1]['seconds']:.2f} s ({floor[-1]['GFLOP/s']:.0f} GFLOP/s, best of 5) "
         f"of {best:.2f} s: {100 * floor[-1]['seconds'] / best:.0f}% of the best round.",
     ]
@@ -259,7 +262,7 @@ def main() -> int:
         os.execve(sys.executable, [sys.executable, "-m", "bench.cpu_engine", *sys.argv[1:]],
                   {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})  # fmt: skip
     torch.set_num_threads(1)
-    measure(SPEC, Load(), options.rounds, options.seed, BATCH_TOKENS, options.out)
+    measure(SPEC, Load(), options.rounds, options.seed, SETTINGS, options.out)
     return 0
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +59,21 @@ def timed(serve: Callable[[], Replies]) -> Timing:
 
 
 class Ours:
-    """`run.py runtime=local system=vllm` with a folder's weights; a new executor for each run."""
+    """`run.py runtime=local system=vllm` in fp32 on the CPU; a new executor for each run."""
 
-    def __init__(self, folder: Path, load: Load) -> None:
+    def __init__(self, load: Load, *model: str) -> None:
+        """`model`: overrides that say which (`runtime.weights=FOLDER`, or sizes)."""
         from workloads.types import plain
 
         blocks = load.num * (-(-(load.prompt + load.output) // 16))
         self.load = load
         self.config = compose([
-            "runtime=local", "runtime.device=cpu", "runtime.dtype=float32", f"runtime.weights={folder}",
-            "system=vllm", "hardware=cpu", "cluster.num_instances=1", f"engine.kv_blocks={blocks}",
+            "runtime=local", "runtime.device=cpu", "runtime.dtype=float32", *model, "system=vllm",
+            "hardware=cpu", "cluster.num_instances=1", f"engine.kv_blocks={blocks}",
             "engine.max_num_seqs=256",
         ])  # fmt: skip
         zeros, ones = np.zeros(load.num, np.int64), np.ones(load.num, np.int64)
-        self.workload = plain("equal", zeros, load.prompt * ones, load.output * ones, load.output, "bench.cpu_engine")
+        self.workload = plain("equal", zeros, load.prompt * ones, load.output * ones, load.output, "bench")
 
     def executor(self) -> Any:
         """An engine with its weights loaded, and nothing served yet."""
@@ -108,8 +110,7 @@ class Ours:
 
 def hf_model(source: ParameterSource) -> Any:
     """A transformers Llama with a source's weights."""
-    import transformers
-
+    transformers: Any = import_module("transformers")
     spec = source.spec
     config = transformers.LlamaConfig(
         vocab_size=spec.vocab_size, hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size,
@@ -144,12 +145,12 @@ class Theirs:
     """transformers on a folder: `generate` with a static batch, or `generate_batch`."""
 
     def __init__(self, folder: Path, load: Load, prompts: list[list[int]]) -> None:
-        import transformers
-
+        transformers: Any = import_module("transformers")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it misses an optional package
         self.load, self.prompts = load, prompts
+        self._config_type = transformers.ContinuousBatchingConfig
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         # nobody ends early: no end token, so no check for it either
         self.greedy = transformers.GenerationConfig(
@@ -162,14 +163,13 @@ class Theirs:
         out = self.model.generate(ids, generation_config=self.greedy, attention_mask=torch.ones_like(ids))
         return [row[self.load.prompt :] for row in out.tolist()]
 
-    def continuous(self, batch_tokens: int) -> Replies:
-        """Continuous batching with KV for all requests (fewer blocks than that make it preempt)."""
-        from transformers import ContinuousBatchingConfig
-
+    def continuous(self, batch_tokens: int, num_blocks: int | None = None) -> Replies:
+        """Continuous batching; with KV for all requests unless `num_blocks` says how much."""
         blocks = self.load.num * (-(-(self.load.prompt + self.load.output) // PAGE) + 1)
-        config = ContinuousBatchingConfig(
-            page_size=PAGE, num_blocks=max(128, blocks), max_batch_tokens=batch_tokens, allow_block_sharing=False
-        )
+        config = self._config_type(
+            page_size=PAGE, num_blocks=num_blocks or max(128, blocks), max_batch_tokens=batch_tokens,
+            allow_block_sharing=False,
+        )  # fmt: skip
         found = self.model.generate_batch(
             inputs=self.prompts, generation_config=deepcopy(self.greedy), continuous_batching_config=config
         )  # the copy: it writes into what it is given
@@ -185,7 +185,6 @@ class Theirs:
 
 def folder_of(spec: DecoderSpec, seed: int, folder: Path) -> None:
     """Write random weights as a transformers user would."""
-    import transformers
-
+    transformers: Any = import_module("transformers")
     transformers.logging.disable_progress_bar()
     hf_model(RandomSource(spec, seed)).save_pretrained(folder)
