@@ -19,6 +19,7 @@ from common.errors import ConfigError, KVPlaneError, Stalled
 if TYPE_CHECKING:
     from common.config import RunConfig
     from common.executors.sim import SimExecutor
+    from common.executors.simfaults import MessageFaults
     from common.policy import Executor
     from common.record import RunRecord
 
@@ -53,7 +54,9 @@ def make_executor(config: RunConfig, workload: Any, record: RunRecord) -> SimExe
     from systems.registry import ORACLES
 
     faults = tuple((int(seconds * 1e9), instance) for seconds, instance in config.cluster.lost)
-    options: dict[str, Any] = {"oracle": config.system in ORACLES, "faults": faults}
+    options: dict[str, Any] = {"oracle": config.system in ORACLES, "faults": faults,
+                               "message_faults": _message_faults(config),
+                               "agent_faults": _agent_faults(config)}  # fmt: skip
     if config.runtime.name == "local":
         try:
             from common.build_local import local_executor
@@ -106,6 +109,20 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
 
 def _doing(config: RunConfig) -> str:
     return "simulating" if config.runtime.name == "sim" else "emulating"
+
+
+def _agent_faults(config: RunConfig) -> tuple[tuple[int, str, int], ...]:
+    return tuple((int(at_s * 1e9), agent, int(for_s * 1e9)) for at_s, agent, for_s in config.cluster.lost_agents)
+
+
+def _message_faults(config: RunConfig) -> MessageFaults | None:
+    from common.executors.simfaults import RandomMessageFaults
+    from common.rng import stream
+
+    if config.cluster.message_faults is None:
+        return None
+    delay_ms, loss, duplicate = config.cluster.message_faults
+    return RandomMessageFaults(stream(config.seed, "message faults"), delay_ms * 1e6, loss, duplicate)
 
 
 def _sample_ns(config: RunConfig, workload: Any) -> int:

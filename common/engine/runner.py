@@ -171,9 +171,7 @@ class Runner:
     def _partials(self, place: Place, q: Tensor, layer: int) -> list[tuple[Tensor | None, Tensor, Tensor]]:
         """(queries, o, lse) of each of a place's passes."""
         scale = self.decoder.spec.scale
-        return [
-            (queries, *self.backend.run(plan, q, place.engine.kv, layer, scale)) for plan, queries in place.passes
-        ]
+        return [(queries, *self.backend.run(plan, q, place.engine.kv, layer, scale)) for plan, queries in place.passes]
 
     def _merged(self, parts: list[tuple[Tensor | None, Tensor, Tensor]]) -> Tensor:
         """One output from home's first pass, which has every query, and the others."""
