@@ -139,7 +139,10 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
     model = dict(tree["model"])
     runtime = RuntimeConfig.from_mapping(_without(tree["runtime"], "description"))
     hf_config = model.pop("hf_config", None) or runtime.weights
-    spec = from_hf_config(str(hf_config)) if hf_config else load_model(_without(model, "description"))
+    if hf_config:
+        spec = from_hf_config(str(hf_config), any_dtype=runtime.weights is not None)
+    else:
+        spec = load_model(_without(model, "description"))
     engine, hardware = tree["engine"], load_hardware(_without(tree["hardware"], "description"))
     return RunConfig(
         system=system.pop("name"),
