@@ -1,0 +1,136 @@
+"""Small random bursts for kunserve: what happens, and what must hold after every event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.executors.sim import SimExecutor
+from common.record import RequestColumns, RunRecord
+from common.sched.lane import EngineConfig
+from common.types import RequestStatus, StartInstance
+from systems.kunserve.options import Options
+from systems.kunserve.policy import KunServePolicy
+from systems.kunserve.state import State
+from tests.fakes import FakeWorkload, cluster
+
+US = 1_000
+FAST = {"poll_ms": 0.2, "min_pipeline_ms": 0.4, "min_serving_ms": 0.0, "calm_polls": 2, "min_tokens": 64}
+
+
+@dataclass(frozen=True)
+class Burst:
+    """`requests`: (gap in us, prompt, output); `losses`: (us, instance); lost ones come back after `back_us`."""
+
+    requests: tuple[tuple[int, int, int], ...]
+    instances: int = 2
+    blocks: int = 24
+    layers: int = 4
+    block_size: int = 16
+    losses: tuple[tuple[int, int], ...] = ()
+    back_us: int | None = None
+    options: tuple[tuple[str, object], ...] = ()
+    budget: int = 256
+    max_num_seqs: int = 64
+
+    def workload(self) -> FakeWorkload:
+        now, arrivals = 0, []
+        for gap, _, _ in self.requests:
+            now += gap * US
+            arrivals.append(now)
+        return FakeWorkload(arrivals, [one[1] for one in self.requests], [one[2] for one in self.requests])
+
+    def model(self, **changes):
+        return cluster(self.instances, self.blocks, self.layers, self.block_size, **changes)
+
+    def engine(self) -> EngineConfig:
+        return EngineConfig(self.block_size, self.budget, self.max_num_seqs, max_model_len=1 << 20)
+
+    def policy(self, info) -> KunServePolicy:
+        return KunServePolicy(info, self.engine(), Options.of({**FAST, **dict(self.options)}))
+
+
+class Run:
+    """Drives a burst through any executor and checks the laws on the way."""
+
+    def __init__(self, burst: Burst, make=SimExecutor, model=None, **options) -> None:
+        self.burst = burst
+        self.model = model or burst.model()
+        self.record = RunRecord(RequestColumns.empty(len(burst.requests)))
+        losses = tuple((us * US, instance) for us, instance in burst.losses)
+        self.executor = make(self.model, burst.workload(), self.record, faults=losses, **options)
+        self.policy = burst.policy(self.model.info())
+        self.trace = []
+
+    def drive(self) -> Run:
+        poll, submit = self.executor.poll, self.executor.submit
+        self._restarts = 1 << 40
+        while (item := poll()) is not None:
+            now, event = item
+            assert len(self.trace) < 60_000, "events without end"
+            commands = list(self.policy.on_event(now, event))
+            if self.burst.back_us is not None and type(event).__name__ == "InstanceLost":
+                commands.append(StartInstance(self._restarts, event.instance))
+                self._restarts += 1
+            self.trace.append((now, event, commands))
+            for command in commands:
+                submit(command)
+            self.check()
+            list(self.policy.gauges())
+        self.record.segments.flush()
+        self.ended()
+        return self
+
+    # ------------------------------------------------------------ laws
+
+    def check(self) -> None:
+        if self.executor.state.ready:
+            return  # something is owed at this very instant
+        core = self.policy.core
+        state = self.executor.state
+        spare: dict[int, int] = {}
+        for group, found, lane in core.lanes.values():
+            assert lane.free >= 0
+            for instance, layers in lane.stages:
+                spare[instance] = spare.get(instance, 0) + lane.free * (layers[1] - layers[0])
+        for instance, capacity in core.ledger.capacity.items():
+            if core.group_of[instance].state is State.CLEARING:
+                continue
+            used, taken = state.memory[instance].used, capacity - core.ledger.free[instance]
+            assert used <= taken, f"instance {instance}: the executor has {used} cells in use, the ledger {taken}"
+            assert taken - spare.get(instance, 0) <= used, f"instance {instance}: {taken} taken of {used} in use"
+            assert state.memory[instance].capacity >= capacity or core.group_of[instance].awaited
+        for group in core.groups.values():
+            if group.state is State.CLEARING or (len(group.route) == 1 and group.state is not State.SERVING):
+                continue  # dissolving, or on its way back to be whole
+            resident = [any(state.memory[i].resident[layer] for i in group.members())
+                        for layer in range(self.model.num_layers)]  # fmt: skip
+            assert all(resident), f"group {group.id} ({group.state}) lacks a layer"
+        live = list(self.record.requests.status).count(RequestStatus.LIVE)
+        assert self.outstanding() == live, f"{self.outstanding()} requests in the books of {live}"
+
+    def outstanding(self) -> int:
+        core = self.policy.core
+        ids = {seq.request_id for seq in core.orphans}
+        for group in core.groups.values():
+            ids |= {seq.request_id for seq in group.queue}
+            ids |= {parked.seq.request_id for parked in group.parked}
+            if group.exchange is not None:
+                ids |= {parked.seq.request_id for parked in group.exchange.give_up()}
+        for _, found, lane in core.lanes.values():
+            ids |= set(lane.running) | {seq.request_id for seq in (*lane.joining, *lane.waiting)}
+        return len(ids)
+
+    def ended(self) -> None:
+        columns = self.record.requests
+        for index, (_, _, output) in enumerate(self.burst.requests):
+            status = columns.status[index]
+            assert status in (RequestStatus.FINISHED, RequestStatus.REJECTED), f"request {index} never ended"
+            if status == RequestStatus.FINISHED:
+                assert columns.output_tokens[index] == output
+                assert columns.arrival_ns[index] < columns.first_token_ns[index] <= columns.finish_ns[index]
+        state = self.executor.state
+        assert not state.held
+        assert all(memory.used == 0 for memory in state.memory)
+
+    def kinds(self) -> list[str]:
+        return [kind for _, _, kind, _ in self.record.marks]
