@@ -367,4 +367,3 @@ class LaneScheduler:
         if config.max_leap is not None:
             limit = min(limit, config.max_leap)
         return max(limit, 1)
-

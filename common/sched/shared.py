@@ -46,7 +46,7 @@ class Feeder(Protocol):
 
 
 class SharedLane(LaneScheduler):
-    """See the module docstring. Pipelines run chunked iterations; steps of at most a block's tokens keep grants small."""
+    """See the module docstring. Pipelines run chunked iterations; short steps keep grants small."""
 
     def __init__(
         self,

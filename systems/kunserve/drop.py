@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from common.errors import ContractError
 from common.sched.shared import SharedLane
@@ -89,8 +90,8 @@ def _parked(core: Core, group: Group, out: list[Command]) -> None:
     for instance, keep in group.route:
         for part in without((0, core.num_layers), keep):
             for layers in _held(core, instance, part):
-                core.ask(group, out, DropLayers, instance, layers,
-                         then=lambda event, out, i=instance, g=layers: _dropped(core, group, i, g, event, out))  # fmt: skip
+                then = partial(_dropped, core, group, instance, layers)
+                core.ask(group, out, DropLayers, instance, layers, then=then)
 
 
 def _held(core: Core, instance: int, part: Layers) -> list[Layers]:

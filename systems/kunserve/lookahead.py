@@ -1,8 +1,8 @@
 """Lookahead micro-batches (section 4.3): what is queued is halved by cost until the pieces are small.
 
-cost(chunk of c tokens behind a prefix of p) = alpha (p c + (c^2 + c) / 2) + beta c + gamma, and a batch saves lambda for
-each chunk after its first, because weights are loaded once. A cut may fall inside a request: the second part then has
-the first as its prefix.
+cost(chunk of c tokens behind a prefix of p) = alpha (p c + (c^2 + c) / 2) + beta c + gamma, and a batch saves lambda
+for each chunk after its first, because weights are loaded once. A cut may fall inside a request: the second part then
+has the first as its prefix.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ def split(costs: Costs, batch: Sequence[Chunk], block: int) -> tuple[list[Chunk]
             continue
         cut = _cut(costs, one, half - spent - (costs.gamma - (costs.lam if index else 0.0)), block)
         first, second = list(batch[:index]), list(batch[index + 1 :])
+        border = block - one.start % block
+        if not cut and not first:
+            cut = border  # neither part may be empty
+        elif cut >= one.tokens and not second and one.tokens > border:
+            cut = border + (one.tokens - border - 1) // block * block
         if 0 < cut < one.tokens:
             first.append(Chunk(one.request_id, one.start, cut))
             second.insert(0, Chunk(one.request_id, one.start + cut, one.tokens - cut))

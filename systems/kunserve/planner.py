@@ -10,6 +10,8 @@ import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
+Item = tuple[int, bool, int, int, tuple[int, ...]]  # size, not urgent, node, id, groups
+
 
 class Candidate(NamedTuple):
     """A group that may merge. `urgent`: it is overloaded; `node`: of its first member."""
@@ -34,7 +36,7 @@ def plan_drop(candidates: Sequence[Candidate], needed_bytes: int, copy_bytes: in
     Ties between groups of one size are ours: the overloaded first, then neighbours on a node, then the lower id.
     `max_size`: a pipeline has at most one stage per layer.
     """
-    heap = [(one.size, not one.urgent, one.node, one.group, (one.group,)) for one in candidates]
+    heap: list[Item] = [(one.size, not one.urgent, one.node, one.group, (one.group,)) for one in candidates]
     heapq.heapify(heap)
     freed = 0
     while len(heap) >= 2 and freed < needed_bytes:
@@ -42,20 +44,9 @@ def plan_drop(candidates: Sequence[Candidate], needed_bytes: int, copy_bytes: in
         if first[0] + heap[0][0] > max_size:
             heapq.heappush(heap, first)
             break
-        second = _partner(heap, first)
+        second = heapq.heappop(heap)
         size = first[0] + second[0]
-        heapq.heappush(heap, (size, first[1] and second[1], first[2], first[3], first[4] + second[4]))
+        heapq.heappush(heap, (size, first[1] and second[1], *first[2:4], first[4] + second[4]))
         freed += copy_bytes
     merged = sorted(item[4] for item in heap if len(item[4]) > 1)
     return Plan(tuple(merged), freed, freed >= needed_bytes)
-
-
-Item = tuple[int, bool, int, int, tuple[int, ...]]
-
-
-def _partner(heap: list[Item], first: Item) -> Item:
-    """The smallest of the rest; of those equally small and equally urgent, one on the same node if there is one.
-
-    Items come sorted by (size, urgency, node), so a neighbour is next unless none is left; nothing to search.
-    """
-    return heapq.heappop(heap)

@@ -27,8 +27,6 @@ from systems.kunserve.options import Options
 from systems.kunserve.planner import Candidate, plan_drop
 from systems.kunserve.state import State
 
-BUSY = (State.PARKING, State.DROPPING, State.EXCHANGING, State.SHRINKING, State.LOADING, State.CLEARING)
-
 
 class KunServePolicy:
     """Dispatcher, monitor and global memory manager; the parts decide, `Core` keeps the books."""
@@ -149,15 +147,15 @@ class KunServePolicy:
     def _load(self, group: Group) -> Load:
         """Blocks of all layers that a group has and needs."""
         core = self.core
-        blocks = lambda tokens: -(-tokens // core.engine.block_size)  # noqa: E731
+        size = core.engine.block_size
         capacity = core.ledger.capacity_blocks(group.route)
         lanes = [lane for found in group.all_sets() for lane in found.lanes]
         free = max(0, core.ledger.blocks(group.route))
         if len(lanes) == 1:
             free += lanes[0].free
         queue = [seq for found in group.sets for seq in found.waiting]
-        pending = sum(blocks(seq.known) for seq in queue)
-        head = blocks(queue[0].known) if queue else 0
+        pending = sum(-(-seq.known // size) for seq in queue)
+        head = -(-queue[0].known // size) if queue else 0
         base = sum(core.cluster.instances[i].kv_cells for i in group.members()) // core.num_layers
         if group.state is State.DRAINING:
             capacity = base
@@ -168,7 +166,7 @@ class KunServePolicy:
         """Plan over the groups that can merge now (Fig. 6), if any of them is overloaded."""
         core, limits = self.core, self.core.options.limits
         settled = [group for group in core.groups.values() if core.now_ns - group.since_ns >= limits.min_serving_ns
-                   or group.state is State.SERVING and group.since_ns == 0]  # fmt: skip
+                   or (group.state is State.SERVING and group.since_ns == 0)]  # fmt: skip
         for group in list(settled):
             if group.state is State.DRAINING and self.monitor.is_hot(group.id) and not self._lends(group):
                 drop.drop_again(core, group, out)

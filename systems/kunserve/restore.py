@@ -1,4 +1,4 @@
-"""Parameters come back while the pipeline serves: give up the extension, pull layers from peers, serve locally again."""
+"""Parameters come back while the pipeline serves: give up the extension, pull layers from peers, serve locally."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from common.executors.sim import SimExecutor
 from common.record import RequestColumns, RunRecord
 from common.sched.lane import EngineConfig
-from common.types import RequestStatus, StartInstance
+from common.types import InstanceLost, RequestStatus, StartInstance
 from systems.kunserve.options import Options
 from systems.kunserve.policy import KunServePolicy
 from systems.kunserve.state import State
@@ -60,6 +60,7 @@ class Run:
         self.executor = make(self.model, burst.workload(), self.record, faults=losses, **options)
         self.policy = burst.policy(self.model.info())
         self.trace = []
+        self.seen: dict[str, dict[int, set[int]]] = {}  # what happened to whom: kind -> request -> groups
 
     def drive(self) -> Run:
         poll, submit = self.executor.poll, self.executor.submit
@@ -67,18 +68,60 @@ class Run:
         while (item := poll()) is not None:
             now, event = item
             assert len(self.trace) < 60_000, "events without end"
+            if isinstance(event, InstanceLost):
+                self.note_loss(event.instance)
             commands = list(self.policy.on_event(now, event))
-            if self.burst.back_us is not None and type(event).__name__ == "InstanceLost":
+            if self.burst.back_us is not None and isinstance(event, InstanceLost):
                 commands.append(StartInstance(self._restarts, event.instance))
                 self._restarts += 1
             self.trace.append((now, event, commands))
             for command in commands:
                 submit(command)
             self.check()
+            self.note()
             list(self.policy.gauges())
         self.record.segments.flush()
         self.ended()
         return self
+
+    # ------------------------------------------------------------ what happened to whom
+
+    def saw(self, kind: str, request_id: int, group: int) -> None:
+        self.seen.setdefault(kind, {}).setdefault(request_id, set()).add(group)
+
+    def note(self) -> None:
+        for group in self.policy.core.groups.values():
+            if group.exchange is not None:
+                for parked in group.exchange.give_up():
+                    self.saw("straddles a drop", parked.seq.request_id, group.id)
+            if group.old is not None and group.state is State.DRAINING:
+                for lane in group.old.lanes:
+                    for request_id in lane.running:
+                        self.saw("straddles a restore", request_id, group.id)
+            if group.state in (State.EXCHANGING, State.PIPELINE):
+                for lane in group.sets[0].lanes:
+                    for request_id in lane.running:
+                        if self.record.requests.first_token_ns[request_id] < 0:
+                            self.saw("starts after a drop", request_id, group.id)
+
+    def note_loss(self, instance: int) -> None:
+        group = self.policy.core.group_of.get(instance)
+        if group is None:
+            return
+        middle = group.state in (State.PARKING, State.DROPPING, State.EXCHANGING)
+        kind = "loses a member mid-drop" if middle else f"loses a member {group.state}"
+        for found in group.all_sets():
+            for lane in found.lanes:
+                for request_id in lane.running:
+                    self.saw(kind, request_id, group.id)
+        for parked in group.parked if group.exchange is None else group.exchange.give_up():
+            self.saw(kind, parked.seq.request_id, group.id)
+
+    def situations(self) -> dict[str, int]:
+        """How many requests met each situation."""
+        found = {kind: len(who) for kind, who in self.seen.items()}
+        twice = [who for who in self.seen.get("straddles a drop", {}).values() if len(who) > 1]
+        return {**found, "lives through two merges": len(twice)}
 
     # ------------------------------------------------------------ laws
 
@@ -88,7 +131,7 @@ class Run:
         core = self.policy.core
         state = self.executor.state
         spare: dict[int, int] = {}
-        for group, found, lane in core.lanes.values():
+        for _, _, lane in core.lanes.values():
             assert lane.free >= 0
             for instance, layers in lane.stages:
                 spare[instance] = spare.get(instance, 0) + lane.free * (layers[1] - layers[0])
@@ -116,7 +159,7 @@ class Run:
             ids |= {parked.seq.request_id for parked in group.parked}
             if group.exchange is not None:
                 ids |= {parked.seq.request_id for parked in group.exchange.give_up()}
-        for _, found, lane in core.lanes.values():
+        for _, _, lane in core.lanes.values():
             ids |= set(lane.running) | {seq.request_id for seq in (*lane.joining, *lane.waiting)}
         return len(ids)
 
