@@ -27,6 +27,7 @@ class Core:
         self.cluster = cluster
         self.engine = engine
         self.options = options
+        self.min_tokens = options.min_tokens or engine.max_num_batched_tokens
         self.costs = Costs.of(cluster.extra)
         self.num_layers = cluster.instances[0].num_layers
         self.ledger = CellLedger()
@@ -91,7 +92,7 @@ class Core:
         pipeline = len(stages) > 1
         feeder = None
         if pipeline and self.options.lookahead == "on":
-            feeder = LookaheadFeeder(waiting, self.costs, self.options.min_tokens, self.engine.block_size)
+            feeder = LookaheadFeeder(waiting, self.costs, self.min_tokens, self.engine.block_size)
         greedy = not pipeline and group.state is State.SERVING
         found = LaneSet(stages, [], waiting, feeder)
         for _ in stages:

@@ -19,13 +19,13 @@ CHOICES = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`piece_bytes`: None takes about one stage's time on the link where the cluster tells its costs."""
+    """`min_tokens`: None takes the engine's token budget. `piece_bytes`: None takes about one stage's time on the link where the cluster tells its costs."""
 
     exchange: str = "coordinated"
     lookahead: str = "on"
     restore: str = "on"
     limits: Thresholds = field(default_factory=Thresholds)
-    min_tokens: int = 512
+    min_tokens: int | None = None
     exchange_batch: int = 8
     piece_bytes: int | None = None
     max_group: int | None = None
@@ -57,7 +57,7 @@ class Options:
             lookahead=values.get("lookahead", "on"),
             restore=values.get("restore", "on"),
             limits=limits,
-            min_tokens=int(values.get("min_tokens", 512)),
+            min_tokens=values.get("min_tokens"),
             exchange_batch=int(values.get("exchange_batch", 8)),
             piece_bytes=None if piece is None else int(piece * 1e6),
             max_group=values.get("max_group"),

@@ -7,6 +7,7 @@ import os
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
+from systems.kunserve.state import State
 from tests.kunserve.worlds import Burst
 
 NIGHTLY = bool(os.environ.get("KVPLANE_NIGHTLY"))
@@ -16,6 +17,8 @@ def law(num: int, by_night: int) -> settings:
     """The same examples every time; more by night."""
     phases = tuple(Phase) if os.environ.get("KVPLANE_SHRINK") else (Phase.explicit, Phase.generate)
     return settings(max_examples=by_night if NIGHTLY else num, deadline=None, derandomize=True, phases=phases)
+KILLS = (State.PARKING, State.DROPPING, State.EXCHANGING, State.EXCHANGING, State.PIPELINE, State.SHRINKING,
+         State.LOADING, State.DRAINING)  # fmt: skip
 
 
 @st.composite
@@ -31,7 +34,10 @@ def bursts(draw, small=False):
     losses = draw(st.lists(st.tuples(when, st.integers(0, instances - 1)), max_size=2, unique_by=lambda one: one[1]))
     if draw(st.booleans()):
         losses = []
-    back = draw(st.sampled_from((5_000, None))) if len(losses) < instances else 5_000
+    kill = None
+    if not losses and draw(st.booleans()):
+        kill = (draw(st.sampled_from(KILLS)), draw(st.integers(0, 3)), draw(st.sampled_from((1, 1, 30_000, 400_000))))
+    back = draw(st.booleans()) or len(losses) == instances
     options = (
         ("exchange", draw(st.sampled_from(("coordinated", "coordinated", "uncoordinated", "recompute")))),
         ("lookahead", draw(st.sampled_from(("on", "on", "token_count")))),
@@ -41,4 +47,4 @@ def bursts(draw, small=False):
     )
     blocks = draw(st.sampled_from((10, 12, 16) if small else (12, 20, 24, 40)))
     layers = 4 if small else draw(st.sampled_from((4, 6)))
-    return Burst(requests, instances, blocks, layers, losses=tuple(losses), back_us=back, options=options)
+    return Burst(requests, instances, blocks, layers, losses=tuple(losses), back=back, kill=kill, options=options)

@@ -120,7 +120,8 @@ def test_overload_and_calm():
     assert not overloaded(Load(90, 100, 100, 30, 1), limits) and overloaded(Load(90, 100, 100, 30, 20), limits)
     assert calm(Load(49, 130, 100, 0, 0), limits) and not calm(Load(50, 130, 100, 0, 0), limits)
     monitor = Monitor(limits)
-    for load, hot in ((Load(96, 100, 100, 9, 1), False), (Load(96, 100, 100, 9, 1), True), (Load(1, 9, 9, 0, 0), False)):
+    full = Load(96, 100, 100, 9, 1)
+    for load, hot in ((full, False), (full, True), (Load(1, 9, 9, 0, 0), False)):
         monitor.sample(7, load)
         assert monitor.is_hot(7) is hot
 

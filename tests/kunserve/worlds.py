@@ -19,7 +19,8 @@ FAST = {"poll_ms": 0.2, "min_pipeline_ms": 0.4, "min_serving_ms": 0.0, "calm_pol
 
 @dataclass(frozen=True)
 class Burst:
-    """`requests`: (gap in us, prompt, output); `losses`: (us, instance); lost ones come back after `back_us`."""
+    """`requests`: (gap in us, prompt, output); `losses`: (us, instance); lost ones come back if `back`. `kill`: when a
+    group first is in this state, the member of this place dies so many ns later."""
 
     requests: tuple[tuple[int, int, int], ...]
     instances: int = 2
@@ -27,7 +28,8 @@ class Burst:
     layers: int = 4
     block_size: int = 16
     losses: tuple[tuple[int, int], ...] = ()
-    back_us: int | None = None
+    back: bool = False
+    kill: tuple[State, int, int] | None = None
     options: tuple[tuple[str, object], ...] = ()
     budget: int = 256
     max_num_seqs: int = 64
@@ -65,24 +67,36 @@ class Run:
     def drive(self) -> Run:
         poll, submit = self.executor.poll, self.executor.submit
         self._restarts = 1 << 40
+        self._struck = False
         while (item := poll()) is not None:
             now, event = item
             assert len(self.trace) < 60_000, "events without end"
             if isinstance(event, InstanceLost):
-                self.note_loss(event.instance)
+                self.note_loss(event.instance)  # before the policy moves on
             commands = list(self.policy.on_event(now, event))
-            if self.burst.back_us is not None and isinstance(event, InstanceLost):
+            if self.burst.back and isinstance(event, InstanceLost):
                 commands.append(StartInstance(self._restarts, event.instance))
                 self._restarts += 1
             self.trace.append((now, event, commands))
             for command in commands:
                 submit(command)
+            self.strike(now)
             self.check()
             self.note()
             list(self.policy.gauges())
         self.record.segments.flush()
         self.ended()
         return self
+
+    def strike(self, now: int) -> None:
+        kill = self.burst.kill
+        if kill is None or self._struck:
+            return
+        for group in self.policy.core.groups.values():
+            if group.state is kill[0] and len(group.route) > 1:
+                self._struck = True
+                self.executor.control.lose_at(now + kill[2], group.route[kill[1] % len(group.route)].instance)
+                return
 
     # ------------------------------------------------------------ what happened to whom
 
@@ -110,6 +124,7 @@ class Run:
             return
         middle = group.state in (State.PARKING, State.DROPPING, State.EXCHANGING)
         kind = "loses a member mid-drop" if middle else f"loses a member {group.state}"
+        self.saw(f"{kind} at all", -1, group.id)
         for found in group.all_sets():
             for lane in found.lanes:
                 for request_id in lane.running:
