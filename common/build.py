@@ -24,6 +24,7 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         blocks = kv_capacity_blocks(
             model, hardware, tp, engine.block_size, config.gpu_memory_utilization,
             max_num_batched_tokens=engine.max_num_batched_tokens, max_num_seqs=engine.max_num_seqs,
+            traits=config.traits,
         )  # fmt: skip
     shard = shard_kv_heads(model, tp) * tp
     cell_bytes = engine.block_size * 2 * shard * model.head_dim * model.dtype_bytes

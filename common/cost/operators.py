@@ -4,7 +4,8 @@ Rules, the same for every card:
 - *linear*: time / roofline interpolated in (log n, log k) between measured shapes at each measured token count, then
   time linear in tokens;
 - *attention*: a chunk alone over (tokens, cached context), decodes alone over (batch, context), and a batch of both
-  is their sum times a measured mixing ratio (flash-attention 2 runs decodes badly beside a chunk; 3 does not);
+  is their sum times a measured mixing ratio (flash-attention 2 runs decodes badly beside a chunk; 3 does not, nor
+  does an engine that launches the two one after the other);
 - *derived cards*: what exceeds the launch floor scales with the rooflines of both cards, so memory time scales with
   bandwidth and compute time with FLOP/s;
 - what a card was not measured for comes from a named sibling by the same scaling (`SIBLING`).
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.cost.grids import Array, Grid, load_grid
-from common.cost.interpolate import Lattice, far, head_weights, longer_chunks, nearest_heads, shape_weights
+from common.cost.interpolate import Lattice, far, head_weights, longer_chunks, nearest_heads, never_less, shape_weights
 from common.cost.roofline import LAUNCH_NS, Roof
 from common.cost.specs import HardwareSpec
 
@@ -112,7 +113,8 @@ class Operators:
             return np.zeros_like(num_bytes)
         grid = self._grid("ar")
         counts, size = grid.knots("ar_gpus"), grid.knots("ar_bytes")
-        logs = np.log(grid.times("ar"))
+        measured = grid.times("ar")
+        logs = np.log(measured if grid.meta.get("dense") else never_less(measured, 1))
         row = np.array([np.interp(math.log(gpus), np.log(counts), logs[:, i]) for i in range(len(size))])
         times = np.exp(row)
         inside = np.interp(num_bytes, size, times)
@@ -194,7 +196,7 @@ class Operators:
         )
         rate = alone[-1] / own[-1]  # ns per query-key pair when the card is full
         rows = x
-        if grid.meta["kernel"] == "fa2":  # without split KV, few query tiles leave multiprocessors idle
+        if grid.meta["kernel"].startswith("fa2"):  # without split KV, few query tiles leave multiprocessors idle
             rows = np.maximum(x, QUERY_TILE * grid.meta["num_sm"] / heads)
         y = np.array([0.0, 16384.0])
         cached = rate * rows[:, None] * y[None, :]
@@ -214,7 +216,7 @@ class Operators:
             "pre", heads, kv_heads, target, lambda h, _, size: _query_work(source, grid, tokens, pairs, h, size)
         )
         roof = self.roof.prefill(tokens, pairs, heads, kv_heads, head_dim)
-        return Lattice(x, y, np.maximum(scaled, roof))
+        return Lattice(x, y, np.maximum(never_less(scaled, 0), roof))  # in length kernels do change
 
     def decode(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         """x decodes of y tokens of context each, alone in their batch."""
@@ -226,14 +228,16 @@ class Operators:
         scaled = self._from_heads(
             table, heads, kv_heads, target, lambda h, kv, size: source.decode(x[:, None], y[None, :], h, kv, size)
         )
-        scaled = np.maximum(scaled, target)
+        growing = (1,) if grid.meta.get("dense") else (0, 1)  # 2024's kernel splits KV by the batch it sees
+        scaled = np.maximum(never_less(scaled, *growing), target)
         x = np.append(x, 4 * x[-1])
         whole = far(Lattice(x, y, np.vstack([scaled, 4 * scaled[-1:]])))
         roof = self.roof.decode(x[:, None], whole.y[None, :], heads, kv_heads, head_dim)  # also where it is continued
         return Lattice(x, whole.y, np.maximum(whole.time_ns, roof))
 
     def mixing(self, heads: int, kv_heads: int, head_dim: int = 128) -> Mixing | None:
-        """How chunk and decodes disturb each other in one kernel; None where the kernel (3rd generation) adds them.
+        """How chunk and decodes disturb each other in one kernel; None where the kernel (3rd generation) adds them
+        or where they are kernels of their own.
 
         What decodes add to a chunk is measured per query head: beside a chunk each of them reads its KV by itself,
         whatever the group size, so it scales with heads and with bandwidth, not with KV heads.
@@ -278,7 +282,7 @@ def _query_work(roof: Roof, grid: Grid, tokens: Array, pairs: Array, heads: int,
     """What prefill time follows from one head count to another: work per query head, but no less than one tile of
     queries on every multiprocessor (flash-attention 2 does not split KV beside queries)."""
     busy: Array | float = heads
-    if grid.meta["kernel"] == "fa2":
+    if grid.meta["kernel"].startswith("fa2"):
         busy = np.maximum(heads, QUERY_TILE * grid.meta["num_sm"] / tokens)
     work: Array = roof.prefill_work(tokens, pairs, busy, busy, head_dim)
     return work

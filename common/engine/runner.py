@@ -154,13 +154,15 @@ class Runner:
             item.hidden = self.decoder.embed(ids, self.embedding)
         assert item.hidden is not None, "a later stage ran before the first"
         rotation = self.decoder.rotation(to_device(item.batch.positions(), self.device))
+        last = self.decoder.spec.num_layers - 1
         for band in item.batch.bands(layers):
             places = self._prepare(item.batch, home, band)
             for layer in range(*band):
                 attend = self._attend(places, layer - band[0], times)
                 weights = self.instances[home].layer(layer)
-                item.hidden = self.decoder.layer(weights, item.hidden, rotation, attend)
-        if layers[1] == self.decoder.spec.num_layers:
+                rows = self._sampled_rows(item) if layer == last else None
+                item.hidden = self.decoder.layer(weights, item.hidden, rotation, attend, rows)
+        if layers[1] > last:
             self._sample(item)
 
     # ------------------------------------------------------------ attention
@@ -190,9 +192,7 @@ class Runner:
     def _partials(self, place: Place, q: Tensor, layer: int) -> list[tuple[Tensor | None, Tensor, Tensor]]:
         """(queries, o, lse) of each of a place's passes."""
         scale = self.decoder.spec.scale
-        return [
-            (queries, *self.backend.run(plan, q, place.engine.kv, layer, scale)) for plan, queries in place.passes
-        ]
+        return [(queries, *self.backend.run(plan, q, place.engine.kv, layer, scale)) for plan, queries in place.passes]
 
     def _merged(self, parts: list[tuple[Tensor | None, Tensor, Tensor]]) -> Tensor:
         """One output from home's first pass, which has every query, and the others."""
@@ -231,13 +231,17 @@ class Runner:
 
     # ------------------------------------------------------------ tokens
 
+    def _sampled_rows(self, item: Item) -> Tensor | None:
+        """Rows that give a token; None: all of them, in order."""
+        rows = item.batch.sampled_rows()
+        return None if len(rows) == item.batch.num_tokens else to_device(rows, self.device)
+
     def _sample(self, item: Item) -> None:
         works = [work for work in item.batch.works if work.sample]
         assert item.hidden is not None
         if not works:
             return
-        rows = to_device(item.batch.sampled_rows(), self.device)
-        logits = self.decoder.logits(item.hidden[rows], self.norm, self.head)
+        logits = self.decoder.logits(item.hidden, self.norm, self.head)
         if self.sampling.temperature == 0.0:
             tokens = greedy(logits)
         else:

@@ -18,7 +18,7 @@ import numpy as np
 
 from common.engine.instance import move_blocks
 from common.engine.runner import Item, StageTimes
-from common.engine.tokens import TokenSource
+from common.engine.tokens import GENERATED, TokenSource
 from common.engine.work import Batch, Work
 from common.engine.world import EngineWorld
 from common.errors import ContractError
@@ -37,6 +37,7 @@ from common.types import (
     FreeSpan,
     LoadLayers,
     Placement,
+    RequestStatus,
     RunStep,
     Span,
     Status,
@@ -108,7 +109,7 @@ class LocalExecutor(SimExecutor):
         """All known ids of a request: prompt and reply so far."""
         ids = self.tokens.get(request_id)
         if ids is None:
-            ids = self.source.expand(self.prompt_content(request_id), self.reply)
+            ids = self.source.expand(self.prompt_content(request_id), self._told)
             length = self.members.prompt[request_id]
             if len(ids) != length:
                 raise ContractError(f"request {request_id}: content of {len(ids)} tokens for a prompt of {length}")
@@ -122,6 +123,16 @@ class LocalExecutor(SimExecutor):
     def reply(self, request_id: int) -> list[int]:
         """What a request has generated so far."""
         return self.known(request_id)[self.members.prompt[request_id] :]
+
+    def _told(self, request_id: int) -> list[int]:
+        """A reply as prompts name it. Of a request that was refused or given up the client goes on as if it had been
+        answered in full: what was never generated is made up."""
+        ids = self.reply(request_id)
+        if self.record.requests.status[request_id] != RequestStatus.REJECTED:
+            return ids
+        rest = self.members.output[request_id] - len(ids)
+        made_up: list[int] = self.source.piece(f"{GENERATED}{request_id}", len(ids), rest).tolist()
+        return ids + made_up
 
     # ------------------------------------------------------------ contract
 

@@ -279,4 +279,3 @@ class LocalBooks:
         host = self.store(instance, Tier.DRAM).used
         if host != memory.host_used:
             raise ContractError(f"instance {instance}: {host} host cells are held, {memory.host_used} are counted")
-

@@ -84,6 +84,13 @@ class HashIndex:
             matched += self.block_size
         return matched
 
+    def would_pin(self, content: Content, tokens: int) -> int:
+        """Evictable blocks that `acquire` of the same would pin."""
+        if self.match(content, tokens) < tokens:
+            raise ContractError(f"would_pin {tokens} tokens: not all cached")
+        digests = [digest for digest, _ in block_hashes(content, self.block_size)]
+        return sum(not self._blocks[digest].pins for digest in digests[: tokens // self.block_size])
+
     def acquire(self, content: Content, tokens: int) -> HashLease:
         """Pin the first `tokens` tokens: whole blocks, as `match` found them."""
         if tokens < 0 or tokens % self.block_size or self.match(content, tokens) < tokens:

@@ -26,6 +26,7 @@ from common.types import (
 )
 
 Dispatch = Literal["round_robin", "least_outstanding"]
+SCANNED = 16  # up to so many instances are looked at one by one: faster than a heap
 
 
 class VllmPolicy:
@@ -90,23 +91,35 @@ class VllmPolicy:
         if self.dispatch == "round_robin":
             order = list(self.lanes)
             return order[(self._next - 1) % len(order)]
-        least, lanes = self._least, self.lanes
+        lanes, chosen = self.lanes, self._chosen
+        if len(lanes) <= SCANNED:
+            ranks = [(len(lane.waiting) + len(lane.running), chosen[index], index) for index, lane in lanes.items()]
+            instance = min(ranks)[2]
+        else:
+            instance = self._least_in_heap()
+        chosen[instance] = self._next
+        return instance
+
+    def _least_in_heap(self) -> int:
+        least, chosen = self._least, self._chosen
         while True:
-            count, chosen, instance = least[0]
-            lane = lanes.get(instance)
-            if lane is not None and len(lane.waiting) + len(lane.running) == count and self._chosen[instance] == chosen:
-                self._chosen[instance] = self._next
+            count, since, instance = least[0]
+            lane = self.lanes.get(instance)
+            if lane is not None and lane.outstanding() == count and chosen[instance] == since:
                 return instance
             heapq.heappop(least)
 
     def _note(self, instance: int, lane: LaneScheduler) -> None:
-        if self.dispatch != "least_outstanding":
+        if len(self.lanes) <= SCANNED or self.dispatch != "least_outstanding":
             return
-        least, chosen = self._least, self._chosen
-        if len(least) > 64 + 8 * len(self.lanes):
-            least[:] = [(lane.outstanding(), chosen[index], index) for index, lane in self.lanes.items()]
-            heapq.heapify(least)
-        heapq.heappush(least, (len(lane.waiting) + len(lane.running), chosen.setdefault(instance, 0), instance))
+        if len(self._least) > 64 + 8 * len(self.lanes):
+            self._rank()
+        heapq.heappush(self._least, (len(lane.waiting) + len(lane.running), self._chosen[instance], instance))
+
+    def _rank(self) -> None:
+        chosen = self._chosen
+        self._least[:] = [(lane.outstanding(), chosen[index], index) for index, lane in self.lanes.items()]
+        heapq.heapify(self._least)
 
     def _step_done(self, event: StepDone, out: list[Command]) -> None:
         if event.status is not Status.OK:
@@ -115,10 +128,11 @@ class VllmPolicy:
             return
         instance = event.lane % len(self.cluster.instances)
         lane = self.lanes[instance]
-        before = lane.outstanding()
+        waiting, running = lane.waiting, lane.running
+        before = len(waiting) + len(running)
         lane.step_done(event, out)
         lane.schedule(out)
-        if lane.outstanding() != before:
+        if len(waiting) + len(running) != before:
             self._note(instance, lane)
 
     # ------------------------------------------------------------ membership
@@ -130,6 +144,9 @@ class VllmPolicy:
         lane_id = event.instance + start * len(self.cluster.instances)  # an instance that is back has a new lane
         lane = LaneScheduler(lane_id, stages, event.kv_cells // layers, self.engine)
         self.lanes[event.instance] = lane
+        self._chosen.setdefault(event.instance, 0)
+        if len(self.lanes) == SCANNED + 1:
+            self._rank()
         self._note(event.instance, lane)
         orphans, self._orphans = self._orphans, []
         for seq in orphans:
