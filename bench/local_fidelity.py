@@ -32,7 +32,7 @@ TRACES = {
                           "workload.prompt_tokens=128", "workload.output_tokens=32", "workload.num_requests=60"],
     "llama_23m, light": ["model=llama_23m", "workload=poisson", "workload.rate=0.8", "workload.lengths=fixed",
                          "workload.prompt_tokens=96", "workload.output_tokens=24", "workload.num_requests=24"],
-    "llama_23m, queueing": ["model=llama_23m", "workload=poisson", "workload.rate=6", "workload.lengths=azure_conv",
+    "llama_23m, queueing": ["model=llama_23m", "workload=poisson", "workload.rate=25", "workload.lengths=azure_conv",
                             "workload.length_scale=0.1", "workload.num_requests=40"],
 }  # fmt: skip
 

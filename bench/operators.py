@@ -1,7 +1,7 @@
 """The engine's operators, one by one, on one device: what a hardware profile is made of.
 
 Every operator runs as the engine runs it, in the engine's type, over as much memory as a model really goes through
-(weights: as many copies as make up the model's parameters; KV: all layers), at most `REACH` bytes.
+(weights and KV: all layers), of weights about `REACH` bytes at most.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bench.timing import Call, Timer, copies_for
 from common.cost.shapes import element_widths, linear_shapes
 from common.cost.specs import ModelSpec
 from common.engine.head import Head
+from common.engine.layout import LayerLayout, LayerWeights
 from common.engine.model import Decoder
 from common.engine.rope import rotate
 from common.engine.spec import DecoderSpec
@@ -27,6 +28,7 @@ from common.kernels.select import choose
 
 REACH = 256 << 20
 BLOCK_SIZE = 16
+WEIGHTS = {"qkv_proj": "qkv", "o_proj": "o", "gate_up_proj": "gate_up", "down_proj": "down"}
 Point = tuple[str, Callable[[], float]]
 
 
@@ -65,6 +67,18 @@ class Operators:
         self.backend = choose(device, spec.dtype, BLOCK_SIZE)
         self._reach = min(model.num_params * spec.dtype.itemsize, REACH)
         self._kv: torch.Tensor | None = None
+        self._slabs: list[LayerWeights] = []
+
+    def _layers(self) -> list[LayerWeights]:
+        """Layers as the engine lays them out: as many as the model has, or as `REACH` holds, or four."""
+        layout = LayerLayout(self.spec, self.spec.dtype)
+        num = min(self.spec.num_layers, max(4, REACH // layout.num_bytes))
+        while len(self._slabs) < num:
+            weights = layout.views(torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device))
+            for name in layout.shapes:
+                getattr(weights, name).normal_(std=self.spec.hidden_size**-0.5)
+            self._slabs.append(weights)
+        return self._slabs
 
     def _randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device).to(self.spec.dtype)
@@ -78,8 +92,7 @@ class Operators:
                 yield from ((name, m, partial(self._linear, name, m, n, k)) for m in tokens)
 
     def _linear(self, name: str, m: int, n: int, k: int) -> float:
-        copies = copies_for(n * k * self.spec.dtype.itemsize, self._reach)
-        weights = [self._randn(k, n) for _ in range(copies)]
+        weights: list[torch.Tensor] = [getattr(layer, WEIGHTS[name]) for layer in self._layers()]
         x, out = self._randn(m, k), self._randn(m, n)
         if name in ("o_proj", "down_proj"):  # the engine adds these to the residual
             return self.timer.median_ns([partial(out.addmm_, x, w, beta=0.5) for w in weights])

@@ -150,7 +150,8 @@ def copies(context: Context) -> Section:
     rows = []
     for name, (call, num_bytes) in moves.items():
         time_ns = context.timer.median_ns([call])
-        rows.append({"kernel": name, "MiB read + written": num_bytes / 2**20, "us": time_ns / 1e3, "GB/s": num_bytes / time_ns,
+        rows.append({"kernel": name, "MiB read + written": num_bytes / 2**20, "us": time_ns / 1e3,
+                     "GB/s": num_bytes / time_ns,
                      "of copy bandwidth": num_bytes / time_ns * 1e9 / bandwidth})  # fmt: skip
     section.tables["Cells moved and KV written"] = rows
     if num * cell < cold_reach(device):
