@@ -242,7 +242,7 @@ class LocalExecutor(SimExecutor):
             self._flying.add(lane.id)
             for request_id, member in lane.members.items():
                 position = member.offset + lane.iteration
-                works.append(Work(request_id, position, 1, True, self._spans(lane, request_id, member.entry.shared)))
+                works.append(Work(request_id, position, 1, True, self.spans(lane, request_id, member.entry.shared)))
         else:
             self._flying.discard(lane.id)
         for chunk, target in zip(lane.chunks, lane.targets):
@@ -250,7 +250,7 @@ class LocalExecutor(SimExecutor):
                 entry = target.entry
                 last = entry.sample and target.computed + chunk == target.target
                 shared = entry.shared if entry.behind is None else 0
-                spans = self._spans(lane, entry.request_id, shared)
+                spans = self.spans(lane, entry.request_id, shared)
                 works.append(Work(entry.request_id, target.computed, chunk, last, spans))
         ids: list[int] = []
         for work in works:
@@ -259,7 +259,7 @@ class LocalExecutor(SimExecutor):
         assert len(ids) == batch.num_tokens, "a token is computed that nobody knows"
         return Item(batch, ids)
 
-    def _spans(self, lane: SimLane, request_id: int, shared: int) -> Placement:
+    def spans(self, lane: SimLane, request_id: int, shared: int) -> Placement:
         """Where a request's KV is, from token 0 on."""
         placement = lane.spread.get(request_id)
         if placement is None:
@@ -275,7 +275,7 @@ class LocalExecutor(SimExecutor):
             position = member.offset + clock
             if position % size:
                 continue
-            for span in self._spans(lane, request_id, member.entry.shared):
+            for span in self.spans(lane, request_id, member.entry.shared):
                 if span.token_start <= position and (span.token_end is None or position < span.token_end):
                     low, high = span.layers
                     store = self.books.store(span.instance)
