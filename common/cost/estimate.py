@@ -53,7 +53,7 @@ def batches(max_tokens: int = 4096) -> list[Sample]:
 
 
 def features(batch: Sample, attention: bool, prefix: bool) -> list[float]:
-    """Sums over chunks of what the coefficients multiply: gamma n - lambda (n - 1) = gamma + (gamma - lambda)(n - 1)."""
+    """Sums over chunks of what the coefficients multiply: a batch costs gamma + (gamma - lambda)(n - 1)."""
     pairs = sum((p * c if prefix else 0) + (c * c + c) / 2 for c, p in batch)
     row = [float(sum(c for c, _ in batch)), 1.0, float(len(batch) - 1)]
     return [float(pairs), *row] if attention else row
@@ -86,7 +86,9 @@ def main(arguments: Sequence[str]) -> int:
     config = compose(list(arguments))
     cost = cluster_model(config).cost(config.model.num_layers, True, True)
     print(f"{config.model.name} on {config.hardware.name}, tp {config.cluster.tp}: held-out batches")
-    variants: tuple[tuple[str, dict[str, Any]], ...] = (("full", {}), ("no prefix term", {"prefix": False}), ("no attention", {"attention": False}))
+    variants: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("full", {}), ("no prefix term", {"prefix": False}), ("no attention", {"attention": False}),
+    )  # fmt: skip
     for name, options in variants:
         found = fit(cost, **options)
         print(f"  {name:<15} error mean {found.mean_error:6.1%}  max {found.max_error:6.1%}   alpha {found.alpha:.4g} "
