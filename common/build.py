@@ -68,7 +68,17 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         control_ns=int(config.cluster.control_ms * 1e6),
         frontend_ns=int(config.cluster.frontend_ms * 1e6),
         compact_bandwidth=hardware.mem_bandwidth * tp,
+        extra=_estimates(config, cost(model.num_layers, True, True)) if config.system_options.get("lookahead") else {},
     )
+
+
+def _estimates(config: RunConfig, cost: StageCost) -> dict[str, float]:
+    """What a policy that plans by cost may plan with: a fit on a training split, and the links' bandwidths."""
+    from common.cost.estimate import extra
+
+    tp, hardware = config.cluster.tp, config.hardware
+    links = {"nvlink_bandwidth": nvlink(hardware).bandwidth * tp, "nic_bandwidth": nic(hardware).bandwidth * tp}
+    return {**extra(cost, config.engine.max_num_batched_tokens), **links}
 
 
 def _vidur(config: RunConfig, layers: int) -> StageCost:
