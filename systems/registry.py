@@ -22,7 +22,20 @@ def _vllm(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]
     return VllmPolicy(cluster, engine, dispatch)
 
 
-FACTORIES: dict[str, Factory] = {"vllm": _vllm}
+def _memserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.memserve.policy import MemServePolicy
+
+    return MemServePolicy(cluster, engine, options)
+
+
+def _pd(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    """DistServe-style: prefill and decode apart, nothing cached; MemServe's PD-Basic under another name."""
+    from systems.memserve.policy import MemServePolicy
+
+    return MemServePolicy(cluster, engine, {**options, "design": "pd_basic"})
+
+
+FACTORIES: dict[str, Factory] = {"vllm": _vllm, "memserve": _memserve, "pd": _pd}
 ORACLES: frozenset[str] = frozenset()  # systems that are told true output lengths, and say so
 
 
