@@ -108,7 +108,7 @@ class Handover:
             return True
         flags: dict[str, Any] = {
             "lease": lease, "after": after, "by_layer": after is not None,
-            "reserve": dst.lane.phase.next_growth(dst.lane.iteration) + 1 + dst.lane.watermark,
+            "reserve": dst.lane.reserve(),
             "num_calls": self.calls(dst, job.target - hit),
         }  # fmt: skip
         if self.design.decode_caches:

@@ -43,6 +43,12 @@ class PoolLane:
         self._grant = 0
         self._started = False
 
+    def reserve(self) -> int:
+        """Blocks to leave free for those who are here when another one is to come."""
+        if not self.running and not self.waiting:
+            return 0
+        return self.phase.next_growth(self.iteration) + 1 + self.watermark
+
     # ------------------------------------------------------------ events
 
     def submit(self, job: Job, out: list[Command]) -> None:
