@@ -211,7 +211,7 @@ class PoolLane:
                 self.targets.append(job)
                 self.joined.append(job)
             else:
-                if not self.running and self._relinquish(out):
+                if not self.running and (self._promote() or self._relinquish(out)):
                     continue
                 return False
             self.waiting.popleft()
@@ -246,6 +246,14 @@ class PoolLane:
         job.lease, job.shared, job.target, job.owned, job.decoding = lease, hit, job.known, 0, False
         job.computed = max(job.computed, hit)
         return Entry(job.request_id, job.computed, job.target, hit, leave=job.leaves, keep=self.caching or job.leaves)
+
+    def _promote(self) -> bool:
+        """Nothing runs and the head does not fit: somebody whose KV is here goes first."""
+        ready = next((job for job in self.waiting if job.ready), None)
+        if ready is not None:
+            self.waiting.remove(ready)
+            self.waiting.appendleft(ready)
+        return ready is not None
 
     def _relinquish(self, out: list[Command]) -> bool:
         """Nothing runs and the head does not fit: what others fetched ahead of their turn goes."""

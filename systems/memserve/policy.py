@@ -34,7 +34,7 @@ from common.types import (
 from systems.memserve.config import Options
 from systems.memserve.handover import Handover
 from systems.memserve.job import Job
-from systems.memserve.manager import ClusterManager
+from systems.memserve.manager import ClusterManager, Heard
 from systems.memserve.scheduler import GlobalScheduler
 from systems.memserve.site import Flow, Site
 
@@ -58,6 +58,7 @@ class MemServePolicy:
         self._beat_ns = int(self.options.heartbeat_s * 1e9)
         self._next_id = 0
         self._starts: dict[int, int] = {}
+        self._starting: set[int] = set()
         self._limbo: dict[int, list[Job]] = {}  # dead instance -> requests that wait for its death to be known
         self._orphans: list[Job] = []  # no member could take them
         self._epoch = 0
@@ -89,11 +90,21 @@ class MemServePolicy:
         handler = self._handlers.get(type(event))
         if handler is not None:
             handler(event, out)
-            for site in self.sites.values():
-                if site.lane.joined:
-                    self.moves.sent(site, out)
-            self._heed_aborts(out)
+            self._after(out)
         return out
+
+    def _after(self, out: list[Command]) -> None:
+        """What any event may have made possible: copies behind new prefills, prompts that waited for room."""
+        for site in list(self.sites.values()):
+            if site.pool.dead:
+                continue
+            if site.pending:
+                self.moves.retry(site, out)
+            if site.lane.waiting and not site.lane.busy:
+                site.lane.schedule(out)
+            if site.lane.joined:
+                self.moves.sent(site, out)
+        self._heed_aborts(out)
 
     def gauges(self) -> Iterable[Gauge]:
         """One row per instance that is up."""
@@ -191,7 +202,7 @@ class MemServePolicy:
     def _message(self, event: MessageArrived, out: list[Command]) -> None:
         kind = event.payload[0]
         if kind == "beat":
-            self.cm.beat(self._now, event.payload[1], out)
+            self.cm.beat(self._now, event.payload[1], event.payload[2], out)
         elif kind == "members":
             self._members(event.payload[1], event.payload[2], out)
         elif kind == "prefilled":
@@ -205,7 +216,8 @@ class MemServePolicy:
     def _timer(self, event: TimerFired, out: list[Command]) -> None:
         if event.to == "cm":
             for instance in self.cm.check(self._now, out):
-                if self.options.restart and self.sites[instance].pool.dead:
+                if self.options.restart and self.sites[instance].pool.dead and instance not in self._starting:
+                    self._starting.add(instance)
                     out.append(StartInstance(self.ids(), instance))
             out.append(SetTimer(self.ids(), self._now + self._beat_ns, "cm"))
             return
@@ -213,24 +225,25 @@ class MemServePolicy:
         site = self.sites[instance]
         if site.pool.dead:
             return
-        out.append(Send(event.to, "cm", ("beat", instance)))
+        out.append(Send(event.to, "cm", ("beat", instance, self._starts[instance])))
         out.append(SetTimer(self.ids(), self._now + self._beat_ns, event.to))
         if self.options.local_ttl_s is not None:
             site.pool.expire(self._now - int(self.options.local_ttl_s * 1e9), out)
             self.moves.retry(site, out)
             site.lane.kick(out)
 
-    def _members(self, epoch: int, view: tuple[int, ...], out: list[Command]) -> None:
+    def _members(self, epoch: int, view: tuple[tuple[int, int], ...], out: list[Command]) -> None:
         if epoch <= self._epoch:
             return  # overtaken by a later view
         self._epoch = epoch
-        for instance in [one for one in self.gs.members if one not in view]:
+        known = dict(view)
+        for instance in [one for one, start in self.gs.members.items() if known.get(one, -1) != start]:
             self.gs.leave(instance)
             for job in self._limbo.pop(instance, ()):
                 self._go_on(job, out)
-        new = [one for one in view if one not in self.gs.members]
+        new = [one for one in known if one not in self.gs.members]
         for instance in new:
-            self.gs.join(instance)
+            self.gs.join(instance, known[instance])
         if new:
             orphans, self._orphans = self._orphans, []
             for job in orphans:
@@ -239,22 +252,23 @@ class MemServePolicy:
     # ------------------------------------------------------------ membership
 
     def _up(self, event: InstanceUp, out: list[Command]) -> None:
+        instance = event.instance
+        self._starting.discard(instance)
         if event.status is not Status.OK:
             return
-        instance = event.instance
         info = self.cluster.instances[instance]
         start = self._starts[instance] = self._starts.get(instance, -1) + 1
         lane_id = instance + start * len(self.cluster.instances)  # an instance that is back has a new lane
         self.sites[instance] = Site(info, self.roles[instance], event.kv_cells // info.num_layers, lane_id,
                                     self.engine, self.options, self.ids)  # fmt: skip
         if event.command_id == -1:  # there from the start: known to everybody
-            self.cm.heard[instance] = self._now
-            self.gs.join(instance)
+            self.cm.heard[instance] = Heard(self._now, start)
+            self.gs.join(instance, start)
             if not self._beat_ns:
                 return
             if len(self._starts) == 1:
                 out.append(SetTimer(self.ids(), self._now + self._beat_ns, "cm"))
-        out.append(Send(f"i{instance}", "cm", ("beat", instance)))
+        out.append(Send(f"i{instance}", "cm", ("beat", instance, start)))
         out.append(SetTimer(self.ids(), self._now + self._beat_ns, f"i{instance}"))
 
     def _lost(self, event: InstanceLost, out: list[Command]) -> None:

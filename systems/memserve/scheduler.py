@@ -33,7 +33,7 @@ class GlobalScheduler:
         self.roles = roles
         self.token_bytes = token_bytes
         self.block_size = block_size
-        self.members: dict[int, None] = {}
+        self.members: dict[int, int] = {}  # instance -> its how manieth start this is
         self.trees: dict[int, PrefixIndex] = {}
         self.queue: dict[int, dict[int, int]] = {}  # instance -> prefills sent there and not answered: estimated ns
         self.decodes: dict[int, dict[int, int]] = {}  # instance -> requests decoding there (or to come): tokens
@@ -53,9 +53,9 @@ class GlobalScheduler:
 
     # ------------------------------------------------------------ membership
 
-    def join(self, instance: int) -> None:
+    def join(self, instance: int, start: int) -> None:
         """A member from now on, with an empty tree."""
-        self.members[instance] = None
+        self.members[instance] = start
         self.trees[instance] = PrefixIndex(self.block_size)
         self.queue.setdefault(instance, {})
         self.decodes.setdefault(instance, {})
