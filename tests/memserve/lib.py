@@ -167,12 +167,12 @@ def finish(policy: MemServePolicy, executor: SimExecutor) -> None:
 
 
 @st.composite
-def scenarios(draw, losses=False, designs=tuple(DESIGNS), max_turns=12):
-    sessions = draw(st.integers(1, 4))
+def scenarios(draw, losses=False, designs=tuple(DESIGNS), max_turns=12, pressure=False):
+    sessions = draw(st.integers(3 if pressure else 1, 4))
     turns = tuple(
         Turn(draw(st.integers(0, sessions - 1)), draw(st.sampled_from((0, 0, 1, 5, 20))),
              draw(st.sampled_from((1, 5, 15, 16, 17, 40))), draw(st.sampled_from((1, 2, 5, 16, 20, 33))))
-        for _ in range(draw(st.integers(1, max_turns)))
+        for _ in range(draw(st.integers(6 if pressure else 1, max_turns)))
     )  # fmt: skip
     document = tuple(draw(st.sampled_from((0, 0, 16, 48, 50))) for _ in range(sessions))
     design = draw(st.sampled_from(designs))
@@ -191,7 +191,7 @@ def scenarios(draw, losses=False, designs=tuple(DESIGNS), max_turns=12):
         heartbeat_s=0.0005, timeout_s=0.0015, restart=losses, planner=PLANNER,
     )  # fmt: skip
     longest = _longest(turns, document)
-    blocks = longest + draw(st.sampled_from((1, 2, 4, 10, 60)))
+    blocks = longest + draw(st.sampled_from((1, 2, 3) if pressure else (1, 2, 4, 10, 60)))
     scenario = Scenario(
         turns, document, options, instances, blocks, draw(st.sampled_from((0, 2, 40))),
         draw(st.sampled_from((Rule.CHUNKED, Rule.CHUNKED, Rule.PREFILL_FIRST, Rule.SARATHI))),
