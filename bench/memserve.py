@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import latencies
+from bench.harness import latencies, write_report
 from common.build import cluster_model
 from common.config import RunConfig, compose
 from common.driver import drive
 from common.executors.sim import SimExecutor
+from common.plots.style import save
 from common.record import RequestColumns, RunRecord
 from systems.memserve.policy import MemServePolicy
 from systems.registry import make_policy
@@ -20,7 +21,6 @@ from workloads.build import build
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "memserve"
 FIGURES = Path(__file__).resolve().parent.parent / "results" / "figures" / "memserve"
-SETUP = ("model=llama2-13b", "hardware=h800-80g", "cluster.tp=2", "cluster.num_instances=4", "engine.max_model_len=16384")
 
 
 def simulate(overrides: Sequence[str], change: Callable[[Any], Any] | None = None) -> tuple[RunConfig, RunRecord, Any]:
@@ -53,10 +53,18 @@ def hit_ratio(policy: Any) -> float:
     """Prompt tokens that prefills read from a cache, of all."""
     assert isinstance(policy, MemServePolicy)
     flows = policy.flows.values()
-    return sum(flow.hit for flow in flows) / max(1, sum(flow.prompt for flow in flows))
+    return float(sum(flow.hit for flow in flows) / max(1, sum(flow.prompt for flow in flows)))
 
 
 def balance(policy: Any) -> float:
     """Prefills at the busiest instance over the mean."""
     counts = [policy.gs.dispatched.get(instance, 0) for instance in policy.gs.able("prefill", "both")]
-    return max(counts) / (sum(counts) / len(counts))
+    return float(max(counts) / (sum(counts) / len(counts)))
+
+
+def keep(name: str, title: str, notes: list[str], tables: dict[str, list[dict[str, Any]]], figure: Any) -> None:
+    """Table and figure of an experiment, committed both."""
+    write_report(name, title, notes, tables, RESULTS)
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    save(figure, FIGURES, name)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import exit_with, write_report
-from bench.memserve import FIGURES, RESULTS, balance, hit_ratio, numbers, simulate
+from bench.harness import exit_with
+from bench.memserve import balance, hit_ratio, keep, numbers, simulate
 from common.errors import ConfigError
-from common.plots.style import new_figure, save
+from common.plots.style import new_figure
 from workloads.paths import data_root
 
 LADDER = ("pd_basic", "pd_caching_1", "pd_caching_2", "pd_caching_3")
@@ -54,14 +54,16 @@ def ladder(num: int) -> None:
             rows.append({"design": design, "turn": index, "requests": len(found[index]),
                          **{name: float(value) for name, value in zip(names, mean)}})  # fmt: skip
         for place, axis in enumerate(axes):
-            axis.plot(list(means), [mean[place] for mean in means.values()], marker="o", ms=3, label=design)
+            values = [mean[place] for mean in means.values()]
+            width = 5 - 1.3 * LADDER.index(design)  # lines that lie on each other stay visible
+            axis.plot(list(means), values, lw=width, label=design)
     for axis, name in zip(axes, names):
         axis.set_xlabel("turn of the session")
-        axis.set_title(name)
+        axis.set_title(f"{name} (simulated)", fontsize=9)
     axes[0].legend(fontsize=7)
     notes = ["Simulated. Means per request, by turn; 4 instances (2P2D) of Llama-2-13B on H800, TP2; ShareGPT-shaped "
              "sessions of up to 8 turns, 0.5 sessions/s. A token of KV is 819,200 bytes."]  # fmt: skip
-    _keep("ladder", "The four designs, by turn", notes, {"by turn": rows}, figure)
+    keep("ladder", "The four designs, by turn", notes, {"by turn": rows}, figure)
 
 
 def mooncake(num: int) -> None:
@@ -73,8 +75,7 @@ def mooncake(num: int) -> None:
         options = [f"system.policy={rule}", f"workload.num_requests={num}"]
         options += ["system.guard_s=2.0"] if guard else []
         seen: list[float] = []
-        keep: Callable[[Any], Any] = lambda workload: (seen.append(_infinite(workload)), workload)[1]  # noqa: B023, E731
-        _, record, policy = simulate(["experiment=memserve/mooncake", *options], keep)
+        _, record, policy = simulate(["experiment=memserve/mooncake", *options], _looked_at(seen))
         bound, found = seen[0], numbers(record)
         flows = policy.flows.values()
         false = sum(max(0, flow.expected - flow.hit) for flow in flows) / sum(flow.prompt for flow in flows)
@@ -98,7 +99,15 @@ def mooncake(num: int) -> None:
              f"H100 TP4, 512-token blocks); an infinite shared cache hits {bound:.4f} of the prompt tokens (dashed). The "
              "trace has no session ids: `session` is least_load here. Load: prefills sent to an instance. The planner's "
              "coefficients are those of the experiment's file, not fitted to this model."]  # fmt: skip
-    _keep("mooncake", "Routing policies on the Mooncake conversation trace", notes, {"policies": rows}, figure)
+    keep("mooncake", "Routing policies on the Mooncake conversation trace", notes, {"policies": rows}, figure)
+
+
+def _looked_at(seen: list[float]) -> Callable[[Any], Any]:
+    def look(workload: Any) -> Any:
+        seen.append(_infinite(workload))
+        return workload
+
+    return look
 
 
 def _infinite(workload: Any) -> float:
@@ -143,17 +152,10 @@ def fig8(num: int) -> None:
     for row in rows:
         for key in PAPER:
             row.setdefault(f"paper_{key}", float("nan"))
-    notes = [f"Simulated, {num} requests a point, prefill-first batching, by_request_agg, prompt_tree_cost; the paper's "
-             "columns are digitised from its Fig. 8 (about 1%), nan where it has no such curve. Rates are per instance; "
-             "1P2D and 2P1D have 3 instances, the others 4."]  # fmt: skip
-    _keep("fig8", "JCT, TTFT and TPOT over the rate per instance", notes, {"points": rows}, figure)
-
-
-def _keep(name: str, title: str, notes: list[str], tables: dict[str, list[dict[str, Any]]], figure: Any) -> None:
-    write_report(name, title, notes, tables, RESULTS)
-    FIGURES.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    save(figure, FIGURES, name)
+    notes = [f"Simulated, {num} requests a point, prefill-first batching, by_request_agg, prompt_tree_cost; the "
+             "paper's columns are digitised from its Fig. 8 (about 1%), nan where it has no such curve. Rates are per "
+             "instance; 1P2D and 2P1D have 3 instances, the others 4."]  # fmt: skip
+    keep("fig8", "JCT, TTFT and TPOT over the rate per instance", notes, {"points": rows}, figure)
 
 
 def main() -> int:

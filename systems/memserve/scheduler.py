@@ -134,6 +134,9 @@ class GlobalScheduler:
     def _outstanding(self, instance: int) -> int:
         return len(self.queue[instance]) + (len(self.decodes[instance]) if self.roles[instance] == "both" else 0)
 
+    def _ties(self, instance: int) -> tuple[int, int]:
+        return self._outstanding(instance), self.dispatched.get(instance, 0)
+
     def _guard(self, able: list[int]) -> list[int]:
         """Ours, against hot spots: nobody whose queue is `guard_s` longer than the shortest is asked."""
         if self.options.guard_s is None:
@@ -200,10 +203,11 @@ class GlobalScheduler:
             far = matches[best] > self.options.balancing_threshold * matches[one]
             if far and one != best:
                 wire = self.planner.send_ns((matches[best] - matches[one]) * self.token_bytes)
-                ways.append((self.load_ns(one) + wire + self.planner.exec_ns(tokens, matches[best]), one, best))
+                cost = self.load_ns(one) + wire + self.planner.exec_ns(tokens, matches[best])
+                ways.append((cost, self._ties(one), one, best))
             else:
-                ways.append((self.load_ns(one) + self.planner.exec_ns(tokens, matches[one]), one, -1))
-        _, prefill, fetch = min(ways)
+                ways.append((self.load_ns(one) + self.planner.exec_ns(tokens, matches[one]), self._ties(one), one, -1))
+        *_, prefill, fetch = min(ways)
         return prefill, fetch
 
     def _router(self, content: Content, tokens: int, session: int, able: list[int]) -> tuple[int, int]:
