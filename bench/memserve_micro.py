@@ -51,8 +51,8 @@ def index() -> None:
     axes[0][0].set_xlabel("tokens")
     axes[0][0].set_title("index: match (ms), measured on a CPU")
     axes[0][0].legend()
-    notes = ["Measured on a shared CPU, best of five. Names are pieces of 512 tokens, blocks of 16: the hash index touches "
-             "every block, the trees every piece."]  # fmt: skip
+    notes = ["Measured on a shared CPU, best of five. Names are pieces of 512 tokens, blocks of 16: the hash index "
+             "touches every block, the trees every piece."]  # fmt: skip
     keep("index", "Index time, hash against radix", notes, {"by length": rows}, figure)
 
 
@@ -86,8 +86,8 @@ def cached() -> None:
     axes[0][0].set_xlabel("cached ratio")
     axes[0][0].set_title("TTFT, % of uncached (simulated)")
     axes[0][0].legend(fontsize=7)
-    notes = ["Simulated: one instance of Llama-2-13B (H800, TP2). DRAM: the first request's blocks are swapped out at its "
-             "end; they are swapped in if that is estimated to be faster than recomputing."]  # fmt: skip
+    notes = ["Simulated: one instance of Llama-2-13B (H800, TP2). DRAM: the first request's blocks are swapped out at "
+             "its end; they are swapped in if that is estimated to be faster than recomputing."]  # fmt: skip
     keep("cached", "TTFT over the cached ratio", notes, {"points": rows}, figure)
 
 
@@ -100,7 +100,7 @@ def modes() -> None:
         for rate in rates:
             load = ["workload=poisson", "workload.lengths=fixed", "workload.output_tokens=32", f"workload.rate={rate}",
                     "workload.num_requests=150", "model=llama2-13b", "hardware=h800-80g", "cluster.tp=2"]  # fmt: skip
-            _, record, policy = simulate(["system=pd", f"system.transfer={mode}", "cluster.num_instances=2", *load])
+            _, record, _ = simulate(["system=pd", f"system.transfer={mode}", "cluster.num_instances=2", *load])
             found = numbers(record)
             moves = record.moves
             wire = np.array(moves.end_ns) - np.array(moves.start_ns)
@@ -111,8 +111,8 @@ def modes() -> None:
             axis.set_title(f"{key} (simulated)")
             axis.set_xlabel("requests/s")
     axes[0][0].legend()
-    notes = ["Simulated: 1P1D of Llama-2-13B (H800, TP2), 150 requests a point, one communicator. A call costs 10 us, one "
-             "after another: 2L calls a block by layer and by request, one when aggregated."]  # fmt: skip
+    notes = ["Simulated: 1P1D of Llama-2-13B (H800, TP2), 150 requests a point, one communicator. A call costs 10 us, "
+             "one after another: 2L calls a block by layer and by request, one when aggregated."]  # fmt: skip
     keep("modes", "Transfer modes over the rate", notes, {"points": rows}, figure)
 
 

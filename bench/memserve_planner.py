@@ -37,7 +37,8 @@ def main() -> int:
     link, pcie = model.nvlink.bandwidth / 1e9, model.pcie.bandwidth / 1e9
     rows = [{"base_ms": base / 1e6, "token_us": token / 1e3, "pair_ns": pair, "link_gb_s": link, "swap_gb_s": pcie}]
     errors = [{"split": name, "points": int(mask.sum()), "median": float(np.median(error[mask])),
-               "max": float(error[mask].max())} for name, mask in (("training", train), ("held out", ~train))]  # fmt: skip
+               "max": float(error[mask].max())}
+              for name, mask in (("training", train), ("held out", ~train))]  # fmt: skip
     notes = [f"{' '.join(overrides)}. Links are the datasheet's, one direction, all GPUs of an instance."]
     write_report("planner", "The scheduler's estimator", notes, {"fit": rows, "relative error": errors}, RESULTS)
     return 0

@@ -1,4 +1,4 @@
-"""python -m bench.memserve_runs ladder|mooncake|fig8 [requests]: MemServe's simulated experiments, table and figure each.
+"""python -m bench.memserve_runs ladder|mooncake|fig8 [requests]: MemServe's simulated experiments.
 
 ladder: the designs against each other, by turn of a session. mooncake: the routing policies on the production trace,
 against an infinite cache. fig8: JCT, TTFT, TPOT over the rate per instance beside the paper's digitised curves.
@@ -82,7 +82,8 @@ def mooncake(num: int) -> None:
         rows.append({"policy": name, "hit_ratio": hit_ratio(policy), "of_bound": hit_ratio(policy) / bound,
                      "ttft_s_mean": found["ttft_s_mean"], "ttft_s_p50": found["ttft_s_p50"],
                      "ttft_s_p99": found["ttft_s_p99"], "max_over_mean_load": balance(policy),
-                     "false_hit_ratio": false, "unfinished": int(sum(s != 2 for s in record.requests.status))})  # fmt: skip
+                     "false_hit_ratio": false,
+                     "unfinished": int(sum(s != 2 for s in record.requests.status))})  # fmt: skip
         print(rows[-1], flush=True)
     figure, axes = new_figure(1, 3, 12.0, 3.4)
     axes = axes[0]
@@ -96,9 +97,9 @@ def mooncake(num: int) -> None:
     for axis in axes[1:]:
         axis.set_yticklabels([])
     notes = [f"Simulated. First {num} requests of the Mooncake conversation trace (8P8D, pd_caching_3, Llama-3.1-70B, "
-             f"H100 TP4, 512-token blocks); an infinite shared cache hits {bound:.4f} of the prompt tokens (dashed). The "
-             "trace has no session ids: `session` is least_load here. Load: prefills sent to an instance. The planner's "
-             "coefficients are those of the experiment's file, not fitted to this model."]  # fmt: skip
+             f"H100 TP4, 512-token blocks); an infinite shared cache hits {bound:.4f} of the prompt tokens (dashed). "
+             "The trace has no session ids: `session` is least_load here. Load: prefills sent to an instance. The "
+             "planner's coefficients are those of the experiment's file, not fitted to this model."]  # fmt: skip
     keep("mooncake", "Routing policies on the Mooncake conversation trace", notes, {"policies": rows}, figure)
 
 
@@ -140,7 +141,7 @@ def fig8(num: int) -> None:
                 rows.append({"workload": label, "setting": setting, "rate": rate, **found})
             for axis, key in zip(axes[place], ("jct_s_mean", "ttft_s_mean", "tpot_ms_mean")):
                 (line,) = axis.plot((1, 3, 5), [point[key] for point in points], marker="o", ms=3, label=setting)
-                theirs = paper[f"{label} {PAPER[key]}"][setting][::2] if setting in paper[f"{label} {PAPER[key]}"] else ()
+                theirs = paper[f"{label} {PAPER[key]}"].get(setting, ())[::2]
                 axis.plot((1, 3, 5)[: len(theirs)], theirs, ls=":", lw=1, color=line.get_color())
                 axis.set_title(f"{label}: {key} (simulated; dotted: paper)", fontsize=8)
                 for row, value in zip(rows[-3:], theirs):
