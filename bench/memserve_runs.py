@@ -141,7 +141,8 @@ def fig8(num: int) -> None:
                 rows.append({"workload": label, "setting": setting, "rate": rate, **found})
             for axis, key in zip(axes[place], ("jct_s_mean", "ttft_s_mean", "tpot_ms_mean")):
                 (line,) = axis.plot((1, 3, 5), [point[key] for point in points], marker="o", ms=3, label=setting)
-                theirs = paper[f"{label} {PAPER[key]}"].get(setting, ())[::2]
+                scale = 1e3 if key == "tpot_ms_mean" else 1.0  # theirs are seconds
+                theirs = [value * scale for value in paper[f"{label} {PAPER[key]}"].get(setting, ())[::2]]
                 axis.plot((1, 3, 5)[: len(theirs)], theirs, ls=":", lw=1, color=line.get_color())
                 axis.set_title(f"{label}: {key} (simulated; dotted: paper)", fontsize=8)
                 for row, value in zip(rows[-3:], theirs):
