@@ -30,7 +30,7 @@ from common.types import (
     SwapDone,
     Tier,
     TimerFired,
-)
+)  # fmt: skip
 from systems.memserve.config import Options
 from systems.memserve.handover import Handover
 from systems.memserve.job import Job
@@ -67,8 +67,8 @@ class MemServePolicy:
         self._handlers: dict[type, Any] = {
             RequestArrived: self._arrived,
             StepDone: self._step_done,
-            CopyDone: self._copy_done,
-            SwapDone: self._swap_done,
+            CopyDone: self.moves.copy_done,
+            SwapDone: self.moves.swap_done,
             MessageArrived: self._message,
             TimerFired: self._timer,
             InstanceUp: self._up,
@@ -190,12 +190,6 @@ class MemServePolicy:
                     job = site.homed.pop(command.request_id, None)
                     if job is not None:
                         self._answered(job)
-
-    def _copy_done(self, event: CopyDone, out: list[Command]) -> None:
-        self.moves.copy_done(event, out)
-
-    def _swap_done(self, event: SwapDone, out: list[Command]) -> None:
-        self.moves.swap_done(event, out)
 
     # ------------------------------------------------------------ agents
 

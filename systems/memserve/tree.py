@@ -9,63 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from heapq import heappop, heappush
-from typing import NamedTuple, cast
+from typing import cast
 
 from common.errors import ContractError
 from common.kv import radix
 from common.kv.content import length, normalise, slice
 from common.kv.radix import Run
 from common.types import Content, Tier
+from systems.memserve.node import Found, Gone, Inserted, Lease, Node, held_node
 
-
-class Node(radix.Node):
-    """An edge in one tier. `num_hbm`: children in HBM or on their way. Its run ends where its blocks do."""
-
-    __slots__ = ("alive", "num_hbm", "tier")
-
-    def __init__(self, parent: Node | None, key: Content, run: Run, num_blocks: int, tier: Tier | None) -> None:
-        super().__init__(parent, key, run, num_blocks)
-        self.tier = tier
-        self.num_hbm = 0
-        self.alive = True
-
-    def up(self) -> Node:
-        """Its parent."""
-        return cast(Node, self.parent)
-
-
-class Lease:
-    """A holder's pin on the first `tokens` tokens of its content."""
-
-    __slots__ = ("node", "tokens")
-
-    def __init__(self, node: Node, tokens: int) -> None:
-        self.node: Node | None = node
-        self.tokens = tokens
-
-
-class Found(NamedTuple):
-    """Leading tokens cached: readable in HBM, and with those that a swap-in would bring."""
-
-    hbm: int
-    total: int
-
-
-class Gone(NamedTuple):
-    """Blocks of a path that left a tier; `content` ends where they do."""
-
-    tier: Tier
-    content: Content
-    start: int
-    end: int
-
-
-class Inserted(NamedTuple):
-    """`end`: tokens of the path now pinned; `num_new` blocks of the holder's own went over to the cache."""
-
-    num_new: int
-    end: int
-    gone: tuple[Gone, ...]
+__all__ = ["Found", "Gone", "Inserted", "Lease", "Node", "PoolTree"]
 
 
 class PoolTree:
@@ -112,7 +65,7 @@ class PoolTree:
 
     def release(self, lease: Lease) -> None:
         """Unpin; the blocks stay, most recently used."""
-        node = _held(lease)
+        node = held_node(lease)
         self._uses += 1
         node.used, node.tick, lease.node = self._uses, self.tick, None
         self.num_leases -= 1
@@ -120,7 +73,7 @@ class PoolTree:
 
     def insert(self, lease: Lease, content: Content, tokens: int) -> Inserted:
         """The holder's blocks up to `tokens` become cached and pinned (full ones). It stops at what is on its way."""
-        held, target = _held(lease), tokens - tokens % self.size
+        held, target = held_node(lease), tokens - tokens % self.size
         if target <= lease.tokens:
             return Inserted(0, lease.tokens, ())
         content = normalise(content)
@@ -222,7 +175,7 @@ class PoolTree:
 
     def span(self, lease: Lease, start: int) -> list[Node]:
         """Nodes of a lease's path from token `start` on, cut there."""
-        top = _held(lease)
+        top = held_node(lease)
         nodes = [node for node in self._path(top, self._root) if node.start + node.num_blocks * self.size > start]
         if nodes and nodes[0].start < start:
             self._cut(nodes[0], start)
@@ -322,9 +275,3 @@ class PoolTree:
             evictable[node.tier] += 0 if node.pins else node.num_blocks
         assert (cached, evictable) == (self.cached, self.evictable), "counts are off"
         assert leases == self.num_leases, f"{leases} leases in the tree, {self.num_leases} live"
-
-
-def _held(lease: Lease) -> Node:
-    if lease.node is None:
-        raise ContractError("the lease was released before")
-    return lease.node
