@@ -31,7 +31,20 @@ def _kunserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, 
     return KunServePolicy(cluster, engine, Options.of(options))
 
 
-FACTORIES: dict[str, Factory] = {"vllm": _vllm, "kunserve": _kunserve}
+def _memserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.memserve.policy import MemServePolicy
+
+    return MemServePolicy(cluster, engine, options)
+
+
+def _pd(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    """DistServe-style: prefill and decode apart, nothing cached; MemServe's PD-Basic under another name."""
+    from systems.memserve.policy import MemServePolicy
+
+    return MemServePolicy(cluster, engine, {**options, "design": "pd_basic"})
+
+
+FACTORIES: dict[str, Factory] = {"vllm": _vllm, "kunserve": _kunserve, "memserve": _memserve, "pd": _pd}
 ORACLES: frozenset[str] = frozenset()  # systems that are told true output lengths, and say so
 
 

@@ -154,7 +154,11 @@ class LocalExecutor(SimExecutor):
         if not self.state.up[command.instance]:
             return
         if command.request_id is None:
-            self.books.store(command.instance, command.tier).evict(command.cached_blocks)
+            store = self.books.store(command.instance, command.tier)
+            if command.content is None:
+                store.evict(command.cached_blocks)
+            else:
+                self.books.evict_named(store, command)
             return
         tokens = command.tokens or (0, 1 << 60)
         ends = [held.end for held in self.state.held.get(command.request_id, ())

@@ -19,7 +19,7 @@ from common.executors.simmembers import Members
 from common.executors.simstate import SimState
 from common.kv.content import concat
 from common.kv.hash_index import block_hashes
-from common.types import Content, Entry, RunStep, Span, Tier
+from common.types import Content, Entry, FreeSpan, RunStep, Span, Tier
 
 if TYPE_CHECKING:
     from common.executors.local import LocalExecutor
@@ -210,6 +210,18 @@ class LocalBooks:
             layers = next(s.layers[1] - s.layers[0] for s in lane.stages if s.instance == instance)
             store.evict(min(-(-short // layers), lane.reclaim, store.named.num_idle))
 
+    def evict_named(self, store: CellStore, command: FreeSpan) -> None:
+        """Evict exactly the blocks that a content names; somebody who reads them forbids it."""
+        assert command.content is not None
+        size = self.state.block_size
+        start, end = command.tokens or (0, 1 << 60)
+        names = [digest for digest, _ in block_hashes(command.content, size)][start // size : end // size]
+        if len(names) != command.cached_blocks or any(store.named.get(digest) is None for digest in names):
+            raise ContractError(f"instance {command.instance}: {command.cached_blocks} blocks are to be evicted by "
+                                f"name, not all of tokens {command.tokens} are cached")  # fmt: skip
+        for digest in reversed(names):
+            store.free_named(store.named.remove(digest))
+
     # ------------------------------------------------------------ names
 
     def names(self, request_id: int, num_blocks: int) -> list[bytes]:
@@ -276,14 +288,14 @@ class LocalBooks:
     def check(self, instance: int) -> None:
         """Ids agree with the ledger: cells held = cells counted, plus what iterations under way grow by."""
         memory = self.state.memory[instance]
+        coming = {tier: self._swapping_in(instance, tier) for tier in Tier}
         counted = memory.used + sum(self._growing(lane, instance) for lane in self.executor.lanes.values())
-        used = self.store(instance).used
+        used = self.store(instance).used + coming[Tier.HBM]
         if used != counted:
             raise ContractError(f"instance {instance}: {used} cells are held, the ledger counts {counted}")
-        host = self.store(instance, Tier.DRAM).used
+        host = self.store(instance, Tier.DRAM).used + coming[Tier.DRAM]
         if host != memory.host_used:
             raise ContractError(f"instance {instance}: {host} host cells are held, {memory.host_used} are counted")
-
 
     def _growing(self, lane: SimLane, instance: int) -> int:
         """Cells at an instance that a lane's iteration under way has taken, and that are counted at its boundary."""
@@ -295,4 +307,14 @@ class LocalBooks:
                     open_here = span.token_end is None or position < span.token_end
                     if span.instance == instance and span.token_start <= position and open_here:
                         cells += span.layers[1] - span.layers[0]
+        return cells
+
+    def _swapping_in(self, instance: int, tier: Tier) -> int:
+        """Cells booked for cached blocks on their way into a tier; they get their ids when the data is there."""
+        cells = 0
+        for swap in self.executor.moves.swaps.values():
+            command = swap.command
+            if command.content is not None and command.instance == instance and command.out == (tier is Tier.DRAM):
+                blocks = command.tokens[1] // self.state.block_size - command.tokens[0] // self.state.block_size
+                cells += blocks * (command.layers[1] - command.layers[0])
         return cells
