@@ -22,7 +22,14 @@ def _vllm(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]
     return VllmPolicy(cluster, engine, dispatch)
 
 
-FACTORIES: dict[str, Factory] = {"vllm": _vllm}
+def _infinite_llm(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.infinite_llm.policy import InfiniteLlmPolicy
+    from systems.infinite_llm.settings import from_options
+
+    return InfiniteLlmPolicy(cluster, engine, from_options(options))
+
+
+FACTORIES: dict[str, Factory] = {"vllm": _vllm, "infinite_llm": _infinite_llm}
 ORACLES: frozenset[str] = frozenset()  # systems that are told true output lengths, and say so
 
 

@@ -64,7 +64,7 @@ def test_least_outstanding_survives_many_stale_entries():
         step = next(command for command in arrive(made, index) if isinstance(command, RunStep))
         done(made, step, made.lanes[step.lane].iteration + 1, (index,), ((index, made.lanes[step.lane].iteration + 1),))
     assert outstanding(made) == {0: 0, 1: 0}
-    assert len(made._least) < 200
+    assert len(made.dispatcher._least) < 200
 
 
 @pytest.mark.parametrize("dispatch", ("round_robin", "least_outstanding"))
