@@ -6,6 +6,7 @@ from functools import cache
 from typing import cast
 
 from common.config import RunConfig
+from common.cost.estimate import throughput_model
 from common.cost.memory import kv_capacity_blocks, shard_kv_heads
 from common.cost.model import InstanceCost
 from common.cost.transfer import Link, nic, nvlink, pcie, startup_ns
@@ -67,7 +68,15 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         control_ns=int(config.cluster.control_ms * 1e6),
         frontend_ns=int(config.cluster.frontend_ms * 1e6),
         compact_bandwidth=hardware.mem_bandwidth * tp,
+        extra=_estimates(config),
     )
+
+
+def _estimates(config: RunConfig) -> dict[str, float]:
+    """Fitted to a cost model of the policies' own: never the executor's object."""
+    if config.system_options.get("mode") not in ("proactive",):
+        return {}
+    return throughput_model(InstanceCost(config.model, config.hardware, config.cluster.tp, engine=config.traits))
 
 
 def _vidur(config: RunConfig, layers: int) -> StageCost:

@@ -92,7 +92,9 @@ class Debtor:
         self.move: Move | None = None
         self.acked: dict[int, int] = {}  # creditor -> when the last message that it confirmed was sent
         self.relief_ns: int | None = None  # when we last asked for relief and were not answered
-        self._sent: dict[int, int] = {}  # renewal -> when
+        self._sent: dict[int, tuple[int, bool]] = {}  # renewal -> when, and whether it named anything
+        self._open: dict[int, None] = {}  # creditors that may believe that we have something of theirs
+        self._last: dict[int, int] = {}  # creditor -> the last message sent to it that it must answer
         self._sequence = 0
         self._next_id = 0
 
@@ -110,18 +112,24 @@ class Debtor:
 
     def _need(self, loan: Loan, out: list[Command]) -> None:
         seq, lane = loan.seq, self.lane
-        blocks = -(-(seq.known + 1) // lane.config.block_size)
+        blocks = self._blocks(seq.known + 1)
         if blocks > lane.pool_blocks:
             del self.loans[seq.request_id]
             lane.away -= 1
             self.tell(GMANAGER_INSTANCE, Settled(seq.request_id), out)
             out.append(Abort(seq.request_id, f"output outgrew the pooled KV cache of {lane.pool_blocks} blocks"))
             return
-        least = max(1, blocks + lane.watermark - lane.num_blocks)
-        growth = -(-seq.max_output // lane.config.block_size)
-        best = least + min(lane.num_blocks // 4, growth)
+        least = self._least(seq)
+        best = least + min(lane.num_blocks // 4, self._blocks(seq.max_output))
         holding = loan.state is not State.NEED
         self.tell(GMANAGER_INSTANCE, Need(seq.request_id, self.instance, least, best, True, holding), out)
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.lane.config.block_size)
+
+    def _least(self, seq: Seq) -> int:
+        """Blocks that do not fit here, the next token's included."""
+        return max(1, self._blocks(seq.known + 1) + self.lane.watermark - self.lane.num_blocks)
 
     def offered(self, now_ns: int, message: Offer, out: list[Command]) -> None:
         """The gManager advises whom to ask."""
@@ -135,8 +143,8 @@ class Debtor:
         if loan is None:
             self.tell(GMANAGER_INSTANCE, Settled(message.request_id), out)
             return
-        if loan.state is not State.NEED or not message.parts:
-            return
+        if loan.state is not State.NEED or sum(blocks for _, blocks in message.parts) < self._least(loan.seq):
+            return  # told already, or an answer to what it needed in an earlier life
         loan.state, loan.since_ns = step(State.NEED, "offer"), now_ns
         for creditor, blocks in message.parts:
             piece = self._piece(creditor, blocks)
@@ -150,6 +158,8 @@ class Debtor:
 
     def _try(self, request_id: int, piece: Piece, wait: bool, out: list[Command]) -> None:
         message = TryMoveKvcache(piece.try_id, self._number(), self.instance, request_id, piece.num_blocks, wait)
+        self._open[piece.creditor] = None
+        self._last[piece.creditor] = message.sequence
         self.tell(piece.creditor, message, out)
 
     def answered(self, now_ns: int, message: Answer, creditor: int, out: list[Command]) -> None:
@@ -298,7 +308,7 @@ class Debtor:
             return
         decoding = [seq for seq in lane.running.values() if seq.decoding]
         longest = max(decoding, key=lambda seq: (lane.home_blocks(seq), -seq.request_id))
-        blocks = min(lane.home_blocks(longest) - 1, max(2, 2 * lane.low))
+        blocks = min(lane.home_blocks(longest) - 1, lane.low)
         if blocks > 0:
             self.relief_ns = now_ns
             need = Need(longest.request_id, self.instance, 1, blocks, False)
@@ -340,9 +350,8 @@ class Debtor:
                     lane.interrupt(out)
 
     def _renew(self, now_ns: int, out: list[Command]) -> None:
-        named: dict[int, list[int]] = {}
-        for creditor in self.lane.borrowed.creditors():
-            named[creditor] = self.lane.borrowed.try_ids(creditor)
+        """All that is in use or asked for at each creditor; naming nothing says that a lost release was one."""
+        named = {creditor: self.lane.borrowed.try_ids(creditor) for creditor in self._open}
         waiting = [piece for loan in self.loans.values() if loan.state is State.TRY for piece in loan.asks.values()]
         if self.move is not None:
             waiting.append(self.move.piece)
@@ -350,14 +359,18 @@ class Debtor:
             named.setdefault(piece.creditor, []).append(piece.try_id)
         for creditor, try_ids in sorted(named.items()):
             number = self._number()
-            self._sent[number] = now_ns
+            self._last[creditor] = number
+            self._sent[number] = now_ns, bool(try_ids)
             self.tell(creditor, Renew(self.instance, number, tuple(try_ids)), out)
-        self._sent = {number: at for number, at in self._sent.items() if now_ns - at <= self.settings.lease_ns}
+        self._sent = {key: sent for key, sent in self._sent.items() if now_ns - sent[0] <= self.settings.lease_ns}
 
     def renewed(self, creditor: int, sequence: int) -> None:
         """A creditor has confirmed."""
         if sequence in self._sent:
-            self.acked[creditor] = max(self.acked.get(creditor, 0), self._sent[sequence])
+            sent_ns, named = self._sent[sequence]
+            self.acked[creditor] = max(self.acked.get(creditor, 0), sent_ns)
+            if not named and sequence == self._last.get(creditor):
+                self._open.pop(creditor, None)
 
     # ------------------------------------------------------------ losses
 
@@ -365,6 +378,7 @@ class Debtor:
         """What was asked of it or waits with KV there starts again. (What runs fails with its step.)"""
         self.lane.unswitch(creditor)
         self.acked.pop(creditor, None)
+        self._open.pop(creditor, None)
         self.orders = [order for order in self.orders if order.dst != creditor]
         if self.move is not None and self.move.piece.creditor == creditor and self.move.state is State.RESERVE:
             self._end(now_ns, "given up", out)

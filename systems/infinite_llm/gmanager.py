@@ -131,7 +131,10 @@ class GManager:
         elif need.holding:
             self.token = self.token or (need.request_id, need.instance, now_ns)
         else:
-            if all(other.request_id != need.request_id for other in self.needs):
+            known = [other.request_id for other in self.needs]
+            if need.request_id in known:
+                self.needs[known.index(need.request_id)] = need
+            else:
                 self.needs.append(need)
             for instance in self.members:
                 if instance not in self.loads:

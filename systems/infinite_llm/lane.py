@@ -20,6 +20,7 @@ class SpanLane(LaneScheduler):
         self.borrowed = BorrowedTable()
         self.lent = 0
         self.away = 0  # requests of this home that wait for a loan, outside the queue
+        self.pooled = False  # may requests be larger than this instance?
         self.pool_blocks = num_blocks  # what a request may use in all
         self.low = 0  # end steps when free blocks fall to this
         self.held_back = False  # somebody waits for blocks here: admit nobody
@@ -43,7 +44,7 @@ class SpanLane(LaneScheduler):
 
     def needs_loan(self, seq: Seq) -> bool:
         """Is it too large for this instance alone?"""
-        if self.borrowed.blocks(seq.request_id):
+        if not self.pooled or self.borrowed.blocks(seq.request_id):
             return False
         return self._blocks(seq.known + 1) + self.watermark > self.num_blocks
 
@@ -214,6 +215,8 @@ class SpanLane(LaneScheduler):
         return not self.lent
 
     def _may_start(self, seq: Seq) -> bool:
+        if self.index is not None:
+            return super()._may_start(seq)
         if len(self.running) >= self.config.max_num_seqs or self.held_back:
             return False
         return self._blocks(seq.known) - self.borrowed.blocks(seq.request_id) + self.watermark <= self.free

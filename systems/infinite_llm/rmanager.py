@@ -39,6 +39,7 @@ class RManager:
         self.lane = lane
         self.on = settings.mode != "off"
         if self.on:
+            lane.pooled = True
             lane.low = max(2, int(settings.low_share * lane.num_blocks))
         self.creditor = Creditor(instance, lane, settings.lease_ns, 2 * lane.low, self._tell)
         self.debtor = Debtor(instance, lane, settings, self._tell)
