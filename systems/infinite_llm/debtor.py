@@ -4,79 +4,18 @@ renewals. Reserve before data; ownership switches at a boundary after the data's
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import Enum
-
-from common.errors import ContractError
 from common.sched.lane import Seq
 from common.types import Abort, Command, CopyDone, CopySpan, FreeSpan, Status
 from systems.infinite_llm.creditor import Tell
 from systems.infinite_llm.lane import SpanLane
-from systems.infinite_llm.messages import Answer, MoveKvcache, Need, Offer, Release, Renew, Settled, TryMoveKvcache
+from systems.infinite_llm.leases import Leases
+from systems.infinite_llm.messages import Answer, MoveKvcache, Need, Offer, Release, Settled, TryMoveKvcache
+from systems.infinite_llm.protocol import Loan, Move, State, step
 from systems.infinite_llm.rblock import Piece
 from systems.infinite_llm.settings import Settings
 
 GMANAGER_INSTANCE = -1
 COPY_IDS = 1 << 60  # beyond every lane's command ids
-
-
-class State(Enum):
-    """Of a loan (the first three) and of a move."""
-
-    NEED = "told the gManager"
-    TRY = "asked the creditors"
-    QUEUED = "granted; waits at the head of the home's queue"
-    RESERVE = "asked the creditor"
-    COPY = "data under way"
-    SWITCH = "waits for a boundary"
-
-
-# An event that is not here is illegal in that state. None: the loan or move is over.
-STEPS: dict[tuple[State, str], State | None] = {
-    (State.NEED, "offer"): State.TRY,
-    (State.TRY, "granted"): State.QUEUED,
-    (State.TRY, "refused"): State.NEED,
-    (State.TRY, "given up"): State.NEED,
-    (State.QUEUED, "given up"): State.NEED,
-    (State.QUEUED, "admitted"): None,
-    (State.RESERVE, "granted"): State.COPY,
-    (State.RESERVE, "refused"): None,
-    (State.RESERVE, "given up"): None,
-    (State.COPY, "arrived"): State.SWITCH,
-    (State.COPY, "failed"): None,
-    (State.SWITCH, "switched"): None,
-}
-
-
-def step(state: State, event: str) -> State | None:
-    """The next state; an illegal event raises."""
-    if (state, event) not in STEPS:
-        raise ContractError(f"{event!r} while {state.value!r}")
-    return STEPS[state, event]
-
-
-@dataclass(slots=True)
-class Loan:
-    """A request without a home until others lend."""
-
-    seq: Seq
-    since_ns: int
-    patience_ns: int
-    state: State | None = State.NEED
-    asks: dict[int, Piece] = field(default_factory=dict)  # by reservation, in the order of the request's tokens
-    missing: dict[int, None] = field(default_factory=dict)  # not answered yet
-
-
-@dataclass(slots=True)
-class Move:
-    """Blocks of a decoding request on their way to a creditor."""
-
-    order: MoveKvcache
-    piece: Piece
-    since_ns: int
-    command_id: int = -1
-    tokens: tuple[int, int] = (0, 0)
-    state: State | None = State.RESERVE
 
 
 class Debtor:
@@ -90,17 +29,9 @@ class Debtor:
         self.loans: dict[int, Loan] = {}
         self.orders: list[MoveKvcache] = []
         self.move: Move | None = None
-        self.acked: dict[int, int] = {}  # creditor -> when the last message that it confirmed was sent
+        self.leases = Leases(instance, settings.lease_ns, tell)
         self.relief_ns: int | None = None  # when we last asked for relief and were not answered
-        self._sent: dict[int, tuple[int, bool]] = {}  # renewal -> when, and whether it named anything
-        self._open: dict[int, None] = {}  # creditors that may believe that we have something of theirs
-        self._last: dict[int, int] = {}  # creditor -> the last message sent to it that it must answer
-        self._sequence = 0
         self._next_id = 0
-
-    def _number(self) -> int:
-        self._sequence += 1
-        return self._sequence
 
     # ------------------------------------------------------------ loans
 
@@ -157,9 +88,8 @@ class Debtor:
         return Piece((self.instance << 32) + self._next_id, creditor, blocks)
 
     def _try(self, request_id: int, piece: Piece, wait: bool, out: list[Command]) -> None:
-        message = TryMoveKvcache(piece.try_id, self._number(), self.instance, request_id, piece.num_blocks, wait)
-        self._open[piece.creditor] = None
-        self._last[piece.creditor] = message.sequence
+        number = self.leases.number(piece.creditor)
+        message = TryMoveKvcache(piece.try_id, number, self.instance, request_id, piece.num_blocks, wait)
         self.tell(piece.creditor, message, out)
 
     def answered(self, now_ns: int, message: Answer, creditor: int, out: list[Command]) -> None:
@@ -184,7 +114,7 @@ class Debtor:
             return
         del loan.missing[message.try_id]
         creditor = loan.asks[message.try_id].creditor
-        self.acked[creditor] = max(self.acked.get(creditor, 0), loan.since_ns)
+        self.leases.confirmed(creditor, loan.since_ns)
         if loan.missing:
             return
         loan.state = step(State.TRY, "granted")
@@ -247,7 +177,7 @@ class Debtor:
             self._end(now_ns, "given up", out)
         else:
             move.state = step(State.RESERVE, "granted")
-            self.acked[move.piece.creditor] = max(self.acked.get(move.piece.creditor, 0), move.since_ns)
+            self.leases.confirmed(move.piece.creditor, move.since_ns)
             self._next_id += 1
             move.command_id = COPY_IDS + (self.instance << 32) + self._next_id
             size = self.lane.config.block_size
@@ -330,17 +260,17 @@ class Debtor:
                 self._try(loan.seq.request_id, loan.asks[try_id], True, out)
             self._need(loan, out)
         self._fence(now_ns, out)
-        self._renew(now_ns, out)
+        self.leases.renew(now_ns, self._named, out)
 
     def _fence(self, now_ns: int, out: list[Command]) -> None:
         lane, limit, move = self.lane, self.settings.lease_ns - self.settings.margin_ns, self.move
-        if move is not None and now_ns - self.acked.get(move.piece.creditor, now_ns) > limit:
+        if move is not None and now_ns - self.leases.acked.get(move.piece.creditor, now_ns) > limit:
             if move.state is State.SWITCH:
                 lane.unswitch(move.piece.creditor)
             elif move.state is State.COPY:  # cancels it
                 out.append(FreeSpan(move.piece.creditor, move.order.request_id, tokens=move.tokens))
         for creditor in lane.borrowed.creditors():
-            if now_ns - self.acked.get(creditor, 0) <= limit:
+            if now_ns - self.leases.acked.get(creditor, 0) <= limit:
                 continue
             for request_id in lane.borrowed.at(creditor):
                 if request_id in self.loans:
@@ -349,36 +279,20 @@ class Debtor:
                     lane.expel(request_id)
                     lane.interrupt(out)
 
-    def _renew(self, now_ns: int, out: list[Command]) -> None:
-        """All that is in use or asked for at each creditor; naming nothing says that a lost release was one."""
-        named = {creditor: self.lane.borrowed.try_ids(creditor) for creditor in self._open}
+    def _named(self, creditor: int) -> list[int]:
+        """Reservations that are in use or asked for at a creditor."""
         waiting = [piece for loan in self.loans.values() if loan.state is State.TRY for piece in loan.asks.values()]
         if self.move is not None:
             waiting.append(self.move.piece)
-        for piece in waiting:
-            named.setdefault(piece.creditor, []).append(piece.try_id)
-        for creditor, try_ids in sorted(named.items()):
-            number = self._number()
-            self._last[creditor] = number
-            self._sent[number] = now_ns, bool(try_ids)
-            self.tell(creditor, Renew(self.instance, number, tuple(try_ids)), out)
-        self._sent = {key: sent for key, sent in self._sent.items() if now_ns - sent[0] <= self.settings.lease_ns}
-
-    def renewed(self, creditor: int, sequence: int) -> None:
-        """A creditor has confirmed."""
-        if sequence in self._sent:
-            sent_ns, named = self._sent[sequence]
-            self.acked[creditor] = max(self.acked.get(creditor, 0), sent_ns)
-            if not named and sequence == self._last.get(creditor):
-                self._open.pop(creditor, None)
+        asked = [piece.try_id for piece in waiting if piece.creditor == creditor]
+        return self.lane.borrowed.try_ids(creditor) + asked
 
     # ------------------------------------------------------------ losses
 
     def creditor_lost(self, now_ns: int, creditor: int, out: list[Command]) -> None:
         """What was asked of it or waits with KV there starts again. (What runs fails with its step.)"""
         self.lane.unswitch(creditor)
-        self.acked.pop(creditor, None)
-        self._open.pop(creditor, None)
+        self.leases.lost(creditor)
         self.orders = [order for order in self.orders if order.dst != creditor]
         if self.move is not None and self.move.piece.creditor == creditor and self.move.state is State.RESERVE:
             self._end(now_ns, "given up", out)

@@ -49,10 +49,11 @@ class Planner:
         requests = {key: dict(blocks) for key, blocks in view.requests.items()}
         debtors = sorted((i for i, load in loads.items() if load.waiting and load.decoding and requests.get(i)),
                          key=lambda i: (loads[i].decoding, i))  # fmt: skip
+        creditors = [i for i, load in loads.items() if not load.waiting]
         moves: list[PlannedMove] = []
         for debtor in debtors:
             for _ in range(self.max_moves):
-                move = self._best_move(debtor, loads, requests)
+                move = self._best_move(debtor, creditors, loads, requests[debtor])
                 if move is None:
                     break
                 moves.append(move)
@@ -61,15 +62,12 @@ class Planner:
         return moves
 
     def _best_move(
-        self, debtor: int, loads: dict[int, Load], requests: dict[int, dict[int, int]]
+        self, debtor: int, creditors: list[int], loads: dict[int, Load], own: dict[int, int]
     ) -> PlannedMove | None:
         load = loads[debtor]
-        creditors = [i for i, other in loads.items() if i != debtor and not other.waiting
-                     and other.capacity - other.free < self.max_utilisation * other.capacity]  # fmt: skip
         if not creditors or not load.waiting:
             return None
         creditor = max(creditors, key=lambda i: (loads[i].free, -i))
-        own = requests[debtor]
         request_id = max(own, key=lambda r: (own[r], -r))
         other = loads[creditor]
         room = other.free - int((1 - self.max_utilisation) * other.capacity)

@@ -95,7 +95,7 @@ class RManager:
         elif isinstance(message, Answer):
             self.debtor.answered(now_ns, message, int(event.sender[2:]), out)
         elif isinstance(message, Renewed):
-            self.debtor.renewed(message.creditor, message.sequence)
+            self.debtor.leases.renewed(message.creditor, message.sequence)
         elif isinstance(message, Offer):
             self.debtor.offered(now_ns, message, out)
         elif isinstance(message, MoveKvcache):
