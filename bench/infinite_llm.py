@@ -95,7 +95,8 @@ def capacity() -> None:
     axis.set_xticks(place, [f"{row['model']}\n{row['instances']} instances" for row in rows])
     axis.set_ylabel("longest context, K tokens")
     axis.set_title("32 A100-80GB, simulated; dotted: 2,000K", fontsize=9)
-    axis.legend(fontsize=8)
+    axis.set_ylim(top=9000)
+    axis.legend(fontsize=8, loc="upper left")
     keep("capacity", rows, figure)
 
 
@@ -103,6 +104,8 @@ def summary(overrides: list[str]) -> dict[str, Any]:
     """One run's numbers that are compared here."""
     begin = time.perf_counter()
     outcome = execute(compose([*BASE, *overrides]), quiet=True)
+    if outcome.manifest["stopped"]:
+        raise SystemExit(f"{overrides}: {outcome.manifest['stopped']}")  # a part of a run is no result
     kept = {key: value for key, value in outcome.summary.items() if isinstance(value, int | float)}
     return {**kept, "wall_s": round(time.perf_counter() - begin, 1)}
 
