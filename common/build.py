@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import cast
 
@@ -68,17 +69,25 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         control_ns=int(config.cluster.control_ms * 1e6),
         frontend_ns=int(config.cluster.frontend_ms * 1e6),
         compact_bandwidth=hardware.mem_bandwidth * tp,
-        extra=_estimates(config, cost(model.num_layers, True, True)) if config.system_options.get("lookahead") else {},
+        extra=_estimates(config, cost),
     )
 
 
-def _estimates(config: RunConfig, cost: StageCost) -> dict[str, float]:
-    """What a policy that plans by cost may plan with: a fit on a training split, and the links' bandwidths."""
-    from common.cost.estimate import extra
+def _estimates(config: RunConfig, cost: Callable[[int, bool, bool], StageCost]) -> dict[str, float]:
+    """What a policy that plans by cost may plan with: fits on a training split and the links' bandwidths, as plain
+    numbers; never the executor's object."""
+    options, tp, hardware = config.system_options, config.cluster.tp, config.hardware
+    if options.get("lookahead"):
+        from common.cost.estimate import extra
 
-    tp, hardware = config.cluster.tp, config.hardware
-    links = {"nvlink_bandwidth": nvlink(hardware).bandwidth * tp, "nic_bandwidth": nic(hardware).bandwidth * tp}
-    return {**extra(cost, config.engine.max_num_batched_tokens), **links}
+        links = {"nvlink_bandwidth": nvlink(hardware).bandwidth * tp, "nic_bandwidth": nic(hardware).bandwidth * tp}
+        layers = config.model.num_layers
+        return {**extra(cost(layers, True, True), config.engine.max_num_batched_tokens), **links}
+    if options.get("mode") == "proactive":
+        from common.cost.throughput import throughput_model
+
+        return throughput_model(InstanceCost(config.model, hardware, tp, engine=config.traits))
+    return {}
 
 
 def _vidur(config: RunConfig, layers: int) -> StageCost:

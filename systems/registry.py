@@ -44,7 +44,17 @@ def _pd(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) 
     return MemServePolicy(cluster, engine, {**options, "design": "pd_basic"})
 
 
-FACTORIES: dict[str, Factory] = {"vllm": _vllm, "kunserve": _kunserve, "memserve": _memserve, "pd": _pd}
+def _infinite_llm(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.infinite_llm.policy import InfiniteLlmPolicy
+    from systems.infinite_llm.settings import from_options
+
+    return InfiniteLlmPolicy(cluster, engine, from_options(options))
+
+
+FACTORIES: dict[str, Factory] = {
+    "vllm": _vllm, "kunserve": _kunserve, "memserve": _memserve, "pd": _pd,
+    "infinite_llm": _infinite_llm,
+}
 ORACLES: frozenset[str] = frozenset()  # systems that are told true output lengths, and say so
 
 
