@@ -14,6 +14,8 @@ from common.executors.cluster import ClusterModel, StageCost
 from common.executors.network import LinkSpec
 from common.types import InstanceInfo
 
+PROFILE_TOKENS = 1024  # of the one prompt that the profile for policies measures, alone on an idle instance
+
 
 def cluster_model(config: RunConfig) -> ClusterModel:
     """The cluster that a configuration describes; CapacityError when the model does not fit."""
@@ -37,6 +39,7 @@ def cluster_model(config: RunConfig) -> ClusterModel:
             cell_bytes=cell_bytes,
             layer_param_bytes=model.layer_bytes,
             node=index // (config.cluster.gpus_per_node // tp),
+            running=index < config.cluster.num_running,
             host_cells=host_bytes // cell_bytes,
         )
         for index in range(config.cluster.num_instances)
@@ -67,7 +70,13 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         control_ns=int(config.cluster.control_ms * 1e6),
         frontend_ns=int(config.cluster.frontend_ms * 1e6),
         compact_bandwidth=hardware.mem_bandwidth * tp,
-    )
+        extra={
+            "nvlink_bytes_per_s": wide(nvlink(hardware)).bandwidth,
+            "nic_bytes_per_s": wide(nic(hardware)).bandwidth,
+            "prefill_tokens_per_s": PROFILE_TOKENS * 1e9 / cost(model.num_layers, True, True).iteration_ns(
+                [(PROFILE_TOKENS, 0)], 0, 0, 1),
+        },
+    )  # fmt: skip
 
 
 def _vidur(config: RunConfig, layers: int) -> StageCost:

@@ -7,14 +7,13 @@ what runs where, and what is free, is the lanes' ledger.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable
 
 from common.policy import Gauge
 from common.sched.lane import EngineConfig, Seq
 from common.sched.migrating import MigratingLane
-from common.sched.moving import Mode, Mover
+from common.sched.moving import Mover
+from common.sched.plan import Candidate, FleetConfig, FleetStats, Host, Planner
 from common.types import (
     Abort,
     ClusterInfo,
@@ -37,74 +36,6 @@ from common.types import (
 )
 
 OWN_IDS = 1 << 60  # lanes number their commands from lane << 32
-
-
-@dataclass(frozen=True, slots=True)
-class FleetConfig:
-    """`epoch_ns`: period of planning. `cooldown_ns`: an empty instance stops after it. `min_instances` stay."""
-
-    epoch_ns: int = 500_000_000
-    cooldown_ns: int = 10_000_000_000
-    min_instances: int = 1
-    watermark: float = 0.05
-
-
-class Candidate(NamedTuple):
-    """A decoding request that is not where it should be."""
-
-    request_id: int
-    src: int
-    dst: int
-    tokens: int
-    urgent: bool  # its source cannot give every running request another block
-
-
-class Planner(Protocol):
-    """Where requests should be. `epoch` is told what changed; blocks of a request never shrink."""
-
-    def epoch(self, departed: Sequence[int], grown: Mapping[int, int], arrived: Mapping[int, int]) -> Collection[int]:
-        """Plan; returns the requests whose bin has changed."""
-        ...
-
-    def bin_of(self, request_id: int) -> int: ...
-
-    def bins(self) -> Collection[int]:
-        """Bins in use."""
-        ...
-
-    def charge(self, seq: Seq, blocks: int, oracle_tokens: int | None) -> int:
-        """Blocks to plan with for a request that holds `blocks` now."""
-        ...
-
-    def modes(self, moves: Sequence[Candidate], busy: Mapping[int, int]) -> Mapping[int, Mode]:
-        """How these go; whoever is missing waits. `busy`: tokens on their way in or out, by instance."""
-        ...
-
-    def hosted(self, bin_id: int, node: int) -> None:
-        """A bin has an instance on this machine."""
-        ...
-
-
-@dataclass
-class Host:
-    """An instance and the bin that it serves."""
-
-    state: str = "down"  # down, starting, up
-    bin: int | None = None
-    idle_since: int = -1
-    starts: int = 0
-    waits_for_down: bool = False
-
-
-@dataclass
-class FleetStats:
-    """What planning did."""
-
-    epochs: int = 0
-    starts: int = 0
-    stops: int = 0
-    fallbacks: int = 0  # dispatched elsewhere because the planned instance was not up yet
-    samples: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # (time, blocks by live request)
 
 
 class FleetPolicy:
@@ -342,6 +273,9 @@ class FleetPolicy:
                 instance = roomy.instance
                 self.stats.fallbacks += 1
                 self.astray[request_id] = None
+                bin_id = self.hosts[instance].bin
+                if bin_id is not None:
+                    self.planner.sent(request_id, bin_id)
             del self.unsent[request_id]
             self._submit(seq, instance, out)
 

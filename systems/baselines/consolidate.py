@@ -13,9 +13,10 @@ from typing import Literal
 
 from common.errors import ConfigError
 from common.sched.binpack import first_fit_decreasing
-from common.sched.fleet import Candidate, FleetConfig, FleetPolicy
+from common.sched.fleet import FleetPolicy
 from common.sched.lane import EngineConfig, Seq
 from common.sched.moving import Mode
+from common.sched.plan import Candidate, FleetConfig
 from common.types import ClusterInfo
 
 Fit = Literal["best", "worst", "first"]
@@ -95,14 +96,13 @@ class FitPlanner:
         return min(blocks, self.capacity)
 
     def modes(self, moves: Sequence[Candidate], busy: Mapping[int, int]) -> Mapping[int, Mode]:
-        """Always as KV, the shortest first, and one at a time into or out of an instance, as Llumnix by default."""
-        taken = {instance for instance, tokens in busy.items() if tokens}
-        modes: dict[int, Mode] = {}
-        for move in sorted(moves, key=lambda move: (move.tokens, move.request_id)):
-            if move.src not in taken and move.dst not in taken:
-                modes[move.request_id] = "kv"
-                taken |= {move.src, move.dst}
-        return modes
+        """Nothing moves."""
+        return {}
+
+    def sent(self, request_id: int, bin_id: int) -> None:
+        """It stays where it went."""
+        self._take(request_id)
+        self._put(request_id, bin_id)
 
     def hosted(self, bin_id: int, node: int) -> None:
         """Machines play no part."""
@@ -116,6 +116,19 @@ class BalancePlanner(FitPlanner):
         super().__init__(capacity, block_size, "worst", overflow)
         self.drain = drain
         self.gap = gap
+
+    def sent(self, request_id: int, bin_id: int) -> None:
+        """It is migrated once its GPU is up."""
+
+    def modes(self, moves: Sequence[Candidate], busy: Mapping[int, int]) -> Mapping[int, Mode]:
+        """Always as KV, the shortest first, and one at a time into or out of an instance, as Llumnix by default."""
+        taken = {instance for instance, tokens in busy.items() if tokens}
+        modes: dict[int, Mode] = {}
+        for move in sorted(moves, key=lambda move: (move.tokens, move.request_id)):
+            if move.src not in taken and move.dst not in taken:
+                modes[move.request_id] = "kv"
+                taken |= {move.src, move.dst}
+        return modes
 
     def rearrange(self) -> Collection[int]:
         """Pairs of high and low load, as Llumnix makes them."""
@@ -151,6 +164,9 @@ class BalancePlanner(FitPlanner):
 
 class RepackPlanner(FitPlanner):
     """First-fit-decreasing over everything, every epoch; new bins take the names of those they share most with."""
+
+    def sent(self, request_id: int, bin_id: int) -> None:
+        """It is migrated once its GPU is up."""
 
     def rearrange(self) -> Collection[int]:
         """Whoever's bin has another name now."""

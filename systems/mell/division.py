@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from common.sched.fleet import Candidate
 from common.sched.moving import Mode
+from common.sched.plan import Candidate
 
 Migration = Literal["hybrid", "kv", "tokens", "off"]
 TOKEN_BYTES = 4

@@ -7,9 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.errors import ConfigError
-from common.sched.fleet import Candidate, FleetConfig, FleetPolicy
+from common.sched.fleet import FleetPolicy
 from common.sched.lane import EngineConfig, Seq
 from common.sched.moving import Mode
+from common.sched.plan import Candidate, FleetConfig
 from common.types import ClusterInfo
 from systems.mell.batch import Batch
 from systems.mell.bins import Weights
@@ -86,6 +87,9 @@ class MellPlanner:
     def hosted(self, bin_id: int, node: int) -> None:
         """Its machine, for priorities."""
         self.groups.bins[bin_id].node = node
+
+    def sent(self, request_id: int, bin_id: int) -> None:
+        """The plan stays: it is migrated once its GPU is up."""
 
 
 def boundaries_of(cluster: ClusterInfo, config: MellConfig, epoch_ns: int, block_size: int) -> Boundaries:
