@@ -55,7 +55,7 @@ class FleetPolicy:
         self.astray: dict[int, None] = {}  # perhaps not where they should be
         self.stats = FleetStats()
         self.mover = Mover(cluster.instances[0].num_layers, self.at, self._command_id, self._submit)
-        self._now = 0
+        self.now_ns = 0
         self._next_id = OWN_IDS
         self._arrived: dict[int, int] = {}
         self._departed: dict[int, None] = {}
@@ -73,7 +73,7 @@ class FleetPolicy:
     def on_event(self, now_ns: int, event: Event) -> list[Command]:
         """React; every answer leads to the same few steps."""
         out: list[Command] = []
-        self._now = now_ns
+        self.now_ns = now_ns
         if isinstance(event, StepDone):
             self._step_done(event, out)
         elif isinstance(event, Progress):
@@ -146,7 +146,7 @@ class FleetPolicy:
             return
         self.at[seq.request_id] = instance
         lane.submit(seq, out)
-        self.mover.settle(lane, self._now, out)
+        self.mover.settle(lane, self.now_ns, out)
 
     def _step_done(self, event: StepDone, out: list[Command]) -> None:
         if event.status is not Status.OK:
@@ -154,10 +154,10 @@ class FleetPolicy:
             return
         lane = self.lanes[event.lane % len(self.hosts)]
         for request_id, _ in event.prefilled:
-            self.mover.prefilled(request_id, self._now)
+            self.mover.prefilled(request_id, self.now_ns)
         for seq in lane.step_done(event, out):
             self._gone(seq.request_id, out)
-        self.mover.boundary(lane, self._now, out)
+        self.mover.boundary(lane, self.now_ns, out)
 
     # ------------------------------------------------------------ membership
 
@@ -168,7 +168,7 @@ class FleetPolicy:
             host.state = "down"
             return
         host.state = "up"
-        host.idle_since = self._now
+        host.idle_since = self.now_ns
         layers = self.cluster.instances[event.instance].num_layers
         lane_id = event.instance + host.starts * len(self.hosts)  # an instance that is back has a new lane
         host.starts += 1
@@ -189,7 +189,7 @@ class FleetPolicy:
         lane = self.lanes.pop(instance, None)
         if lane is None:
             return
-        orphans = self.mover.lost(lane, self._now, out)
+        orphans = self.mover.lost(lane, self.now_ns, out)
         if lane.busy:
             self._dying[lane.lane] = lane
         else:
@@ -211,12 +211,14 @@ class FleetPolicy:
         if not self._timer_set:
             self._timer_set = True
             period = self.config.epoch_ns
-            out.append(SetTimer(self._command_id(), (self._now // period + 1) * period))
+            out.append(SetTimer(self._command_id(), (self.now_ns // period + 1) * period))
 
     def _epoch(self, out: list[Command]) -> None:
         self.stats.epochs += 1
         grown = {}
         for lane in self.lanes.values():
+            if lane.targets and lane.busy and not lane.stopping:
+                self.mover.touch(lane, self.now_ns, out)  # only a step's end tells that a prompt decodes by now
             for seq in lane.running.values():
                 charge = self._charge(seq, lane.blocks_of(seq))
                 if charge > self._charged.get(seq.request_id, charge):
@@ -270,12 +272,12 @@ class FleetPolicy:
                 roomy = max(self.lanes.values(), key=lambda lane: (lane.free, -lane.instance), default=None)
                 if roomy is None or roomy.waiting or roomy.free < roomy.blocks_of(seq) + roomy.num_blocks // 16:
                     continue
+                bin_id = self.hosts[roomy.instance].bin
+                if bin_id is None or not self.planner.detour(request_id, bin_id):
+                    continue
                 instance = roomy.instance
                 self.stats.fallbacks += 1
                 self.astray[request_id] = None
-                bin_id = self.hosts[instance].bin
-                if bin_id is not None:
-                    self.planner.sent(request_id, bin_id)
             del self.unsent[request_id]
             self._submit(seq, instance, out)
 
@@ -293,7 +295,7 @@ class FleetPolicy:
             if seq in lane.waiting:
                 lane.waiting.remove(seq)
                 self._submit(seq, home, out)
-            elif request_id in lane.running and seq.decoding:
+            elif request_id in lane.running and seq.decoding and self.lanes[home].free >= lane.blocks_of(seq):
                 moves.append(Candidate(request_id, here, home, lane.stored(seq), lane.free < len(lane.running)))
         if moves:
             self._migrate(moves, out)
@@ -309,16 +311,18 @@ class FleetPolicy:
             mode = modes.get(candidate.request_id)
             src, dst = self.lanes[candidate.src], self.lanes[candidate.dst]
             if mode is not None and candidate.request_id in src.running:
-                self.mover.start(self.seqs[candidate.request_id], src, dst, mode, self._now, out)
+                self.mover.start(self.seqs[candidate.request_id], src, dst, mode, self.now_ns, out)
 
     def _shrink(self, out: list[Command]) -> None:
         """Stop instances that have been empty for the cooldown."""
+        config, num = self.config, len(self.lanes)
         awaited = {move.dst.instance for move in self.mover.by_request.values()}
         for instance, lane in list(self.lanes.items()):
             host = self.hosts[instance]
             if host.bin is not None or not lane.empty or instance in awaited:
-                host.idle_since = self._now
-            elif self._now - host.idle_since >= self.config.cooldown_ns and len(self.lanes) > self.config.min_instances:
+                host.idle_since = self.now_ns
+            elif self.now_ns - host.idle_since >= config.cooldown_ns and num > config.min_instances:
+                num -= 1
                 del self.lanes[instance]
                 host.state, host.waits_for_down = "down", True
                 self.stats.stops += 1

@@ -12,7 +12,7 @@ from common.types import Command, Entry, FreeSpan, RunStep, Stage, StepDone
 
 
 class MigratingLane(LaneScheduler):
-    """See the module docstring. `left` and `preempted` are for the owner to take after each `schedule`."""
+    """See the module docstring. `left`, `preempted` and `joined` are for the owner to take after each `schedule`."""
 
     def __init__(self, lane: int, stages: tuple[Stage, ...], num_blocks: int, config: EngineConfig) -> None:
         if config.prefix_caching:
@@ -23,6 +23,7 @@ class MigratingLane(LaneScheduler):
         self.leaving: dict[int, bool] = {}  # request -> does its KV stay parked here (else it is freed)
         self.left: list[tuple[Seq, bool]] = []
         self.preempted: list[int] = []
+        self.joined: list[int] = []
         self.seen = 0  # the lane's clock by the last report
 
     # ------------------------------------------------------------ queries
@@ -130,6 +131,7 @@ class MigratingLane(LaneScheduler):
             del self.reserved[seq.request_id]
             seq.offset, seq.target, seq.decoding = offset, seq.computed, True
             self.running[seq.request_id] = seq
+            self.joined.append(seq.request_id)
             joins.append(Entry(seq.request_id, seq.computed, seq.computed + 1, decode=True))
         return tuple(joins)
 

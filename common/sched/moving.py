@@ -82,7 +82,7 @@ class Mover:
         self.stats = MoveStats()
         self._copies: dict[int, Migration] = {}
         self._wishes: dict[int, list[Migration]] = {}  # destination lane -> reservations wanted at its next boundary
-        self._recomputing: dict[int, int] = {}  # request -> when it left its source
+        self._stalled: dict[int, int] = {}  # request -> when it left its source and stood still
 
     # ------------------------------------------------------------ beginnings
 
@@ -124,6 +124,9 @@ class Mover:
         """After a lane's `schedule`: who was preempted moves no more as KV; who left goes on."""
         preempted, lane.preempted = lane.preempted, []
         left, lane.left = lane.left, []
+        joined, lane.joined = lane.joined, []
+        for request_id in joined:
+            self._goes_on(request_id, now)
         for request_id in preempted:
             self.drop(request_id, out)
         for seq, _ in left:
@@ -131,7 +134,7 @@ class Mover:
             move.parked_ns = now
             if move.mode == "tokens":
                 del self.by_request[seq.request_id]
-                self._recomputing[seq.request_id] = now
+                self._stalled[seq.request_id] = now
                 self.stats.recomputed_tokens += seq.known
                 self.submit(seq, move.dst.instance, out)
             else:
@@ -206,14 +209,18 @@ class Mover:
         move.dst.joining.append(seq)
         self.at[move.request_id] = move.dst.instance
         self.stats.kv_done += 1
-        self.stats.stalls_ns.setdefault(move.request_id, []).append(now - move.parked_ns)
+        self._stalled[move.request_id] = move.parked_ns
         self.touch(move.src, now, out)
 
     def prefilled(self, request_id: int, now: int) -> None:
         """A prompt is computed: if it had moved as tokens, its stall ends."""
-        since = self._recomputing.pop(request_id, None)
-        if since is not None:
+        if request_id in self._stalled:
             self.stats.token_done += 1
+            self._goes_on(request_id, now)
+
+    def _goes_on(self, request_id: int, now: int) -> None:
+        since = self._stalled.pop(request_id, None)
+        if since is not None:
             self.stats.stalls_ns.setdefault(request_id, []).append(now - since)
 
     # ------------------------------------------------------------ ends
@@ -228,7 +235,7 @@ class Mover:
     def drop(self, request_id: int, out: list[Command], dst_alive: bool = True) -> None:
         """A request that was on its way is not any more (it finished, was preempted, or its source died)."""
         move = self.by_request.pop(request_id, None)
-        self._recomputing.pop(request_id, None)
+        self._stalled.pop(request_id, None)
         if move is None:
             return
         self.stats.aborted += 1

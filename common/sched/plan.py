@@ -55,8 +55,9 @@ class Planner(Protocol):
         """A bin has an instance on this machine."""
         ...
 
-    def sent(self, request_id: int, bin_id: int) -> None:
-        """Its instance is not up yet: it went to that of another bin. Who can migrate it may leave the plan as is."""
+    def detour(self, request_id: int, bin_id: int) -> bool:
+        """Its instance is not up yet: may it go to that of another bin, which has the blocks? Who can migrate it later
+        leaves the plan as it is."""
         ...
 
 

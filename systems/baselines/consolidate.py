@@ -2,8 +2,9 @@
 Llumnix-like balancing by KV), `load_balance_drain` (and it empties the least loaded), `ffd_repack` (everything is
 packed anew every epoch: near the limit of any migration). All open a GPU when none fits an incoming request.
 
-Overflow rules, for what the paper leaves open: `preempt` (a GPU that is full forgets its last request and computes it
-anew), `reserve_max` (prompt and `max_output_tokens` are booked at arrival), `oracle` (the true final size is).
+Overflow rules, for what the paper leaves open: `preempt` (a GPU that is full forgets its last request, which is
+dispatched again and computed anew; the balancing ones send its KV), `reserve_max` (prompt and `max_output_tokens` are
+booked at arrival), `oracle` (the true final size is).
 """
 
 from __future__ import annotations
@@ -48,11 +49,20 @@ class FitPlanner:
         for request_id, size in arrived.items():
             self.sizes[request_id] = size
             self._put(request_id, self._choose(size))
-        return self.rearrange()
+        moved: dict[int, None] = {}
+        for place in list(self.loads):  # what has outgrown its GPU: the last to come is an incoming request again
+            while self.loads[place] > self.capacity and len(self.members[place]) > 1:
+                self._shift(next(reversed(self.members[place])), None, moved)
+        self.rearrange(moved)
+        return moved
 
-    def rearrange(self) -> Collection[int]:
-        """Requests that are to move: none."""
-        return ()
+    def rearrange(self, moved: dict[int, None]) -> None:
+        """Move more: nothing."""
+
+    def _shift(self, request_id: int, place: int | None, moved: dict[int, None]) -> None:
+        self._take(request_id)
+        self._put(request_id, self._choose(self.sizes[request_id]) if place is None else place)
+        moved[request_id] = None
 
     def _take(self, request_id: int) -> None:
         place = self.where.pop(request_id)
@@ -96,13 +106,16 @@ class FitPlanner:
         return min(blocks, self.capacity)
 
     def modes(self, moves: Sequence[Candidate], busy: Mapping[int, int]) -> Mapping[int, Mode]:
-        """Nothing moves."""
-        return {}
+        """Nothing moves but what is preempted: its KV is forgotten and computed anew."""
+        return {move.request_id: "tokens" for move in moves}
 
-    def sent(self, request_id: int, bin_id: int) -> None:
-        """It stays where it went."""
+    def detour(self, request_id: int, bin_id: int) -> bool:
+        """It would stay there: only if it fits by now."""
+        if self.loads.get(bin_id, self.capacity) + self.sizes[request_id] > self.capacity:
+            return False
         self._take(request_id)
         self._put(request_id, bin_id)
+        return True
 
     def hosted(self, bin_id: int, node: int) -> None:
         """Machines play no part."""
@@ -117,8 +130,9 @@ class BalancePlanner(FitPlanner):
         self.drain = drain
         self.gap = gap
 
-    def sent(self, request_id: int, bin_id: int) -> None:
-        """It is migrated once its GPU is up."""
+    def detour(self, request_id: int, bin_id: int) -> bool:
+        """Yes: it is migrated once its GPU is up."""
+        return True
 
     def modes(self, moves: Sequence[Candidate], busy: Mapping[int, int]) -> Mapping[int, Mode]:
         """Always as KV, the shortest first, and one at a time into or out of an instance, as Llumnix by default."""
@@ -130,9 +144,8 @@ class BalancePlanner(FitPlanner):
                 taken |= {move.src, move.dst}
         return modes
 
-    def rearrange(self) -> Collection[int]:
+    def rearrange(self, moved: dict[int, None]) -> None:
         """Pairs of high and low load, as Llumnix makes them."""
-        moved: dict[int, None] = {}
         order = sorted(self.loads, key=lambda place: (self.loads[place], place))
         for low, high in zip(order, reversed(order[len(order) // 2 :])):
             shortest = min(self.members[high], key=lambda one: (self.sizes[one], one))
@@ -141,12 +154,6 @@ class BalancePlanner(FitPlanner):
                 self._shift(shortest, low, moved)
         if self.drain and len(self.loads) > 1:
             self._drain(moved)
-        return moved
-
-    def _shift(self, request_id: int, place: int, moved: dict[int, None]) -> None:
-        self._take(request_id)
-        self._put(request_id, place)
-        moved[request_id] = None
 
     def _drain(self, moved: dict[int, None]) -> None:
         least = min(self.loads, key=lambda place: (self.loads[place], place))
@@ -165,11 +172,12 @@ class BalancePlanner(FitPlanner):
 class RepackPlanner(FitPlanner):
     """First-fit-decreasing over everything, every epoch; new bins take the names of those they share most with."""
 
-    def sent(self, request_id: int, bin_id: int) -> None:
-        """It is migrated once its GPU is up."""
+    def detour(self, request_id: int, bin_id: int) -> bool:
+        """Yes: it is migrated once its GPU is up."""
+        return True
 
-    def rearrange(self) -> Collection[int]:
-        """Whoever's bin has another name now."""
+    def rearrange(self, moved: dict[int, None]) -> None:
+        """Whoever's bin has another name now moves."""
         ids = list(self.sizes)
         packed = first_fit_decreasing([self.sizes[one] for one in ids], self.capacity)
         shared = []
@@ -185,17 +193,13 @@ class RepackPlanner(FitPlanner):
             if index not in names and place not in used:
                 names[index] = place
                 used.add(place)
-        moved = []
         for index, members in enumerate(packed):
             if index not in names:
                 self._next += 1
                 names[index] = self._next
             for item in members:
                 if self.where[ids[item]] != names[index]:
-                    moved.append(ids[item])
-                    self._take(ids[item])
-                    self._put(ids[item], names[index])
-        return moved
+                    self._shift(ids[item], names[index], moved)
 
     def modes(self, moves: Sequence[Candidate], busy: Mapping[int, int]) -> Mapping[int, Mode]:
         """All at once: no limit but the links and the free blocks."""

@@ -88,8 +88,9 @@ class MellPlanner:
         """Its machine, for priorities."""
         self.groups.bins[bin_id].node = node
 
-    def sent(self, request_id: int, bin_id: int) -> None:
-        """The plan stays: it is migrated once its GPU is up."""
+    def detour(self, request_id: int, bin_id: int) -> bool:
+        """Yes: it is migrated once its GPU is up."""
+        return self.config.migration != "off"
 
 
 def boundaries_of(cluster: ClusterInfo, config: MellConfig, epoch_ns: int, block_size: int) -> Boundaries:

@@ -61,9 +61,10 @@ def drive(seed, capacity, mix, growth, operations=OPERATIONS, rules="repaired", 
 @given(
     st.integers(0, 1 << 30),
     st.sampled_from((8, 24, 38, 100, 787, 1264)),
-    st.sampled_from((("tiny",), ("tiny", "T"), ("T", "L"), ("S", "M", "L"), ("M", "T"), ("M", "tiny"), ("tiny", "T", "S", "M", "L"))),
+    st.sampled_from((("tiny",), ("tiny", "T"), ("T", "L"), ("S", "M", "L"), ("M", "T"), ("M", "tiny"),
+                     ("tiny", "T", "S", "M", "L"))),
     st.sampled_from(("block", "small", "jump")),
-)
+)  # fmt: skip
 def test_invariants_hold_after_every_operation(seed, capacity, mix, growth):
     """80 x 150 = 12,000 operations."""
     for groups in drive(seed, capacity, mix, growth):
