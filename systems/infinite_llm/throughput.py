@@ -1,7 +1,7 @@
 """The planner's model of an instance, in the paper's form: T_lyr(beta, S) = W(beta)/f(beta) + S/g.
 
-`W/f` is a table over batch sizes and `1/g` a time per attended token, both fitted by `common.cost.estimate` and handed
-over in `ClusterInfo.extra`. Times are of all layers, so an iteration's, in ns.
+`W/f` is a table over batch sizes and `1/g` a time per attended token, both fitted by `common.cost.throughput` and
+handed over in `ClusterInfo.extra`. Times are of all layers, so an iteration's, in ns.
 """
 
 from __future__ import annotations
