@@ -153,7 +153,7 @@ class InfiniteLlmPolicy:
         lane = SpanLane(lane_id, Stage(instance, (0, layers)), event.kv_cells // layers, self.engine)
         manager = self.managers[instance] = RManager(instance, lane, self.settings)
         self.lanes[instance] = lane
-        self._note(manager, always=True)
+        self.dispatcher.added(instance)
         if self.on:
             self._pool_changed()
             if self.gmanager is not None:
