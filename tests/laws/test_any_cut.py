@@ -21,9 +21,10 @@ from common.record import RequestColumns, RunRecord
 from common.types import RequestStatus, Tier
 from tests.contract.nomads import KINDS, Case, Nomads
 from tests.contract.runtimes import Recorder
+from tests.contract.test_random_moves import OPS, Wanderers, wander
 from tests.engine.witness import Witness, check_logits
 from tests.engine.worlds import check_replies, fitting_cluster, tiny_spec, tiny_world
-from tests.fakes import US, FakeWorkload
+from tests.fakes import US, FakeWorkload, cluster
 from tests.laws.strategies import law
 
 SHARDS = 4
@@ -43,7 +44,7 @@ class Ragged(CellRange):
         return 0 <= num_runs <= super().free_runs(run_cells)
 
     def allocate(self, run_cells, num_runs):
-        if self.dice.random() < 0.5:
+        if self.dice.random() < 0.3:
             return super().allocate(run_cells, num_runs)
         starts = []
         for gap in self._gaps[::-1]:
@@ -90,10 +91,6 @@ def live_through(case) -> Counter:
     model = cluster_of(case, spec)
     workload = FakeWorkload([0] * len(case.lengths), *map(list, zip(*case.lengths)))
     world = tiny_world(model, spec)
-    if case.ragged:
-        Ragged.dice.seed(case.seed)
-        for engine in world.instances.values():
-            engine.stores[Tier.HBM].range.__class__ = Ragged
     witness = Witness(world)
     seen = witness.seen
 
@@ -103,6 +100,10 @@ def live_through(case) -> Counter:
         return same
 
     executor = LocalExecutor(model, workload, RunRecord(RequestColumns.empty(len(case.lengths))), world=world)
+    if case.ragged:
+        Ragged.dice.seed(case.seed)
+        for engine in world.instances.values():
+            engine.stores[Tier.HBM].range.__class__ = Ragged
     policy = Nomads(case, model.info())
     try:
         with mock.patch.object(RequestCells, "uniform", uniform):
@@ -155,3 +156,23 @@ def test_any_cut_is_exact(shard):
     one()
     rare = {name: cases_with[name] for name in EXPECTED if cases_with[name] < 3}
     assert not rare, f"too few cases show {rare} (all: {dict(cases_with)})"
+
+
+SHORT = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 70)), min_size=4, max_size=4)
+
+
+@law(8)
+@given(OPS, SHORT)
+def test_wanderers_say_the_same(ops, lengths):
+    """The random stories of the simulator's contract, with real tensors."""
+    model = cluster(3, 256, host_blocks=64)
+    workload = FakeWorkload([0] * 4, [prompt for prompt, _ in lengths], [output for _, output in lengths])
+    executor = LocalExecutor(model, workload, RunRecord(RequestColumns.empty(4)), world=tiny_world(model))
+    try:
+        drive(Wanderers(ops, model.info(), None), Recorder(executor, []), executor.record)
+        settled(executor)
+        check_replies(executor)
+    finally:
+        executor.close()
+    _, sim = wander(ops, lengths, None)
+    assert columns(executor.record) == columns(sim.record)
