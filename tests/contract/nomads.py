@@ -32,8 +32,8 @@ from common.types import (
 from tests.contract.script import Script
 
 US = 1_000
-KINDS = ("go", "go", "go", "shift", "shift", "shift", "home", "append", "park", "park", "swap", "preempt", "drop",
-         "drop", "restore", "restore", "kill", "wait")  # fmt: skip
+KINDS = ("go", "go", "go", "shift", "shift", "shift", "home", "append", "park", "park", "swap", "preempt", "breathe",
+         "breathe", "drop", "restore", "kill", "wait")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -574,11 +574,19 @@ class Nomads(Script):
             self.did["restore"] += answer.status is Status.OK
             self.did["peer"] += answer.status is Status.OK and source is not None
 
+    def breathe(self, request):
+        """Layers go, whoever had to wait runs on in the larger range, and the layers come back under it."""
+        yield from self.drop(request)
+        for other in self.live:
+            yield from self.go(other)
+        yield self.ask(SetTimer, self.now + 60 * US)
+        yield from self.restore(request)
+
     def kill(self, request):
         """An instance will die in the middle of the next move; instance 0 lives."""
         others = [index for index in self.up if index]
         if others and self.fuse is None and self.rng.random() < 0.5:
-            self.fuse = self.rng.choice(others)
+            self.fuse = self.rng.choice([index for index in others if self.memory(index).used] or others)
         yield lambda: True
 
     def wait(self, request):
