@@ -275,6 +275,29 @@ def _present(
         print(f"results: {path}" + (f"   figure: {figures[0]}" if figures else ""))
 
 
+def _beside(config: RunConfig, arguments: list[str], outcome: Outcome) -> None:
+    """Run the system that this one is to be seen beside (`system.against`), and print both."""
+    other = config.system_options.get("against")
+    if not other or other == config.system:
+        return
+    from common.config import compose
+    from common.console import comparison_table
+    from common.runs import load_run
+
+    mine = ("system=", "+system.", "system.", "run.name=")
+    rest = [argument for argument in arguments if not argument.startswith(mine)]
+    name = f"{config.run.name}-{other}" if config.run.name else None
+    second = execute(compose([*rest, f"system={other}", *([f"run.name={name}"] if name else [])]), quiet=True)
+    runs = [load_run(folder) for folder in (outcome.folder, second.folder)]
+    print()
+    print(comparison_table(runs))
+    if config.run.figures:
+        from common.plots import draw_comparison
+
+        paths = draw_comparison(runs, outcome.folder / f"beside-{other}")
+        print(f"beside {other}: {', '.join(str(path) for path in paths if path.suffix == '.png')}")
+
+
 def help_text() -> str:
     """--help: every system, workload, model and hardware, one line each."""
     from common.config import available
@@ -347,7 +370,10 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             from common.config import compose
 
-            outcome = execute(compose(arguments))
+            config = compose(arguments)
+            outcome = execute(config)
+            if not outcome.manifest.get("partial"):
+                _beside(config, arguments, outcome)
             if outcome.manifest.get("partial"):
                 print(f"stopped early: partial results in {outcome.folder}", file=sys.stderr)
                 return 130 if outcome.manifest["stopped"] == "interrupted" else 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cost.engine import EngineTraits, engine_traits
+from common.cost.profiles import with_profile
 from common.cost.specs import HardwareSpec, ModelSpec, from_hf_config, load_hardware, load_model
 from common.errors import ConfigError
 from common.metrics import Slo
@@ -44,10 +45,12 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """Instances of `tp` GPUs; a node has `gpus_per_node`. `lost`: (seconds, instance). `lost_agents`: (seconds, name,
-    seconds until it is back). `message_faults`: (mean extra delay in ms, share lost, share doubled)."""
+    """Instances of `tp` GPUs, the first `num_running` of which run from the start; a node has `gpus_per_node` GPUs.
+    `lost`: (seconds, instance). `lost_agents`: (seconds, name, seconds until it is back). `message_faults`: (mean extra
+    delay in ms, share lost, share doubled)."""
 
     num_instances: int
+    num_running: int  # from the start
     tp: int
     gpus_per_node: int
     lost: tuple[tuple[float, int], ...]
@@ -111,7 +114,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+            composed = hydra_compose("config", overrides=with_profile(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error, overrides)) from None
     return from_composed(composed)
@@ -142,20 +145,20 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
         spec = from_hf_config(str(hf_config), any_dtype=runtime.weights is not None)
     else:
         spec = load_model(_without(model, "description"))
-    engine = tree["engine"]
+    engine, hardware = tree["engine"], load_hardware(_without(tree["hardware"], "description"))
     return RunConfig(
         system=system.pop("name"),
         system_options=system,
         workload_name=_workload_name(tree["workload"], choices.get("workload")),
         workload=load_workload(tree["workload"]),
         model=spec,
-        hardware=load_hardware(_without(tree["hardware"], "description")),
+        hardware=hardware,
         cluster=_cluster(_without(tree["cluster"], "description")),
         engine=_engine(engine, spec),
         kv_blocks=_optional_int("engine.kv_blocks", engine["kv_blocks"]),
         gpu_memory_utilization=_number("engine.gpu_memory_utilization", engine["gpu_memory_utilization"]),
         cost_source=_choice("cost.source", tree["cost"]["source"], ("operators", "vidur")),
-        traits=engine_traits(tree["cost"]["traits"]),
+        traits=engine_traits(tree["cost"]["traits"], hardware),
         slo=Slo(_maybe("slo.ttft_ms", tree["slo"]["ttft_ms"]), _maybe("slo.tpot_ms", tree["slo"]["tpot_ms"])),
         runtime=runtime,
         logger=tree["logger"]["kind"],
@@ -216,6 +219,9 @@ def _cluster(tree: dict[str, Any]) -> ClusterConfig:
     instances = _integer("cluster.num_instances", tree["num_instances"], 1)
     if instances > MAX_INSTANCES:
         raise ConfigError(f"cluster.num_instances={instances}: at most {MAX_INSTANCES:,} instances are simulated")
+    running = instances if tree["num_running"] is None else _integer("cluster.num_running", tree["num_running"], 0)
+    if running > instances:
+        raise ConfigError(f"cluster.num_running={running} exceeds cluster.num_instances={instances}")
     tp = _integer("cluster.tp", tree["tp"], 1)
     per_node = _integer("cluster.gpus_per_node", tree["gpus_per_node"], 1)
     if tp > per_node:
@@ -225,7 +231,7 @@ def _cluster(tree: dict[str, Any]) -> ClusterConfig:
     frontend = _number("cluster.frontend_ms", tree["frontend_ms"])
     host = None if tree["host_memory_gb"] is None else _number("cluster.host_memory_gb", tree["host_memory_gb"])
     agents, messages = _lost_agents(tree["lost_agents"]), _message_faults(tree["message_faults"])
-    return ClusterConfig(instances, tp, per_node, lost, agents, messages, control, frontend, host)
+    return ClusterConfig(instances, running, tp, per_node, lost, agents, messages, control, frontend, host)
 
 
 def _lost(value: object, instances: int) -> tuple[tuple[float, int], ...]:

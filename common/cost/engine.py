@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.cost.specs import HardwareSpec
 from common.errors import ConfigError
 
 
@@ -58,8 +59,14 @@ ENGINES = {
 }
 
 
-def engine_traits(name: str) -> EngineTraits:
-    """`vllm-async` (0.14 and later), `vllm-sync` (V1 before), `device-only` (no host time at all)."""
+def engine_traits(name: str, hardware: HardwareSpec | None = None) -> EngineTraits:
+    """`vllm-async` (0.14 and later), `vllm-sync` (V1 before), `device-only` (no host time at all), `profile` (our
+    engine as it was measured on this hardware: host and device one after the other, nothing padded)."""
+    if name == "profile":
+        if hardware is None or hardware.host_ns is None or hardware.host_per_seq_ns is None:
+            raise ConfigError("cost.traits=profile needs hardware with host times of its own: a measured profile "
+                              "(python -m common.cost.fit --measure)")  # fmt: skip
+        return EngineTraits(False, 0, False, hardware.host_ns, hardware.host_per_seq_ns, 0)
     if name not in ENGINES:
-        raise ConfigError(f"engine traits {name!r} are unknown; known: {', '.join(ENGINES)}")
+        raise ConfigError(f"engine traits {name!r} are unknown; known: {', '.join(ENGINES)}, profile")
     return ENGINES[name]

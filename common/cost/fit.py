@@ -1,4 +1,5 @@
-"""Fit the committed grids: `python -m common.cost.fit [--data DIR] [--out DIR]`.
+"""Fit the committed grids: `python -m common.cost.fit [--data DIR] [--out DIR]`; with --measure, those of this device
+(`common.cost.profile`).
 
 DIR holds measured tables (default $KVPLANE_DATA, else ../shared/data). Fitting is: take the median time per shape,
 lay it on the lattice of its axes, fill holes by interpolating *time / roofline* in log space, pack. Nothing else is
@@ -120,24 +121,28 @@ def fit_attention(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[
     """In-engine attention: chunks alone, decodes alone, and both in one batch, per head configuration."""
     if not tables:
         return {}
-    heads, chunks, decodes, mixed = [], [], [], []
+    heads, sizes, chunks, decodes, mixed = [], [], [], [], []
     c, kp, n, kd = (
         np.unique(np.concatenate([t.column(name)[t.column(name) >= low] for t in tables])).astype(np.float64)
         for name, low in (("chunk", 1), ("kv_prefill", 0), ("decodes", 1), ("kv_decode", 1))
     )
     for t in tables:
         h, kv = _rank_heads(t)
+        size = t.get("model").head_dim
         heads.append((h, kv))
+        sizes.append(size)
         alone_c, alone_d = t.column("decodes") == 0, t.column("chunk") == 0
         pairs = c[:, None] * kp[None, :] + c[:, None] * (c[:, None] + 1) / 2
-        ideal_c = roof.prefill_work(c[:, None], pairs, h, kv, HEAD_DIM)
-        ideal_d = roof.decode(n[:, None], kd[None, :], h, kv, HEAD_DIM)
+        ideal_c = roof.prefill_work(c[:, None], pairs, h, kv, size)
+        ideal_d = roof.decode(n[:, None], kd[None, :], h, kv, size)
         chunks.append(fill_times(lattice(_columns(t.take(alone_c), 0, 1), [c, kp]), ideal_c, [c, kp]))
         decodes.append(fill_times(lattice(_columns(t.take(alone_d), 2, 3), [n, kd]), ideal_d, [n, kd], len(kd) < 12))
-        both = lattice(t.take(~alone_c & ~alone_d), [c, kp, n, kd])
-        total = chunks[-1][:, :, None, None] + decodes[-1][None, None, :, :]
-        mixed.append(np.minimum(fill_times(both, total, [c, kp, n, kd]), LONGEST_NS))
-    return {
+        both = t.take(~alone_c & ~alone_d)
+        if len(both.time_ns):  # else the parts simply add
+            total = chunks[-1][:, :, None, None] + decodes[-1][None, None, :, :]
+            times = fill_times(lattice(both, [c, kp, n, kd]), total, [c, kp, n, kd])
+            mixed.append(np.minimum(times, LONGEST_NS))
+    arrays: dict[str, npt.NDArray[Any]] = {
         "mix_heads": np.array(heads, dtype=np.int32),
         "mix_chunk": c.astype(np.int32),
         "mix_cached": kp.astype(np.int32),
@@ -145,8 +150,12 @@ def fit_attention(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[
         "mix_context": kd.astype(np.int32),
         "mix_pre": pack(np.array(chunks)),
         "mix_dec": pack(np.array(decodes)),
-        "mix": pack(np.array(mixed)),
     }
+    if mixed:
+        arrays["mix"] = pack(np.array(mixed))
+    if set(sizes) != {HEAD_DIM}:
+        arrays["mix_size"] = np.array(sizes, dtype=np.int32)
+    return arrays
 
 
 def fit_chunks(chunks: Sequence[Table], decodes: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[Any]]:
@@ -283,7 +292,7 @@ def skew_rule(files: Sequence[Path]) -> dict[str, float] | None:
 
 def fit_tables(source: Source, tables: Sequence[Table], skew: dict[str, float] | None = None) -> Grid:
     """One card's grid from its measured tables."""
-    roof = Roof.of(source.peak_flops, source.mem_bandwidth)
+    roof = Roof.of(source.peak_flops, source.mem_bandwidth, source.dtype_bytes)
 
     def of(family: str) -> list[Table]:
         return [t for t in tables if t.family == family and len(t.time_ns)]
@@ -311,6 +320,8 @@ def fit_tables(source: Source, tables: Sequence[Table], skew: dict[str, float] |
     }
     if source.dense:
         meta["dense"] = True
+    if source.dtype_bytes != 2:
+        meta["dtype_bytes"] = source.dtype_bytes
     return Grid(meta, arrays)
 
 
@@ -339,13 +350,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Fit and write every grid."""
     parser = argparse.ArgumentParser(prog="python -m common.cost.fit", description=__doc__)
     parser.add_argument("--data", help="folder of measured tables")
-    parser.add_argument("--out", default=str(FOLDER), help="where the grids go")
-    args = parser.parse_args(argv)
+    parser.add_argument("--out", help="where the grids go (with --measure: the profile; $KVPLANE_PROFILES)")
+    parser.add_argument("--measure", action="store_true", help="profile this device; further options: bench.profile's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --measure")
+    parser.add_argument("--name", help="of --measure: the profile's name")
+    args, more = parser.parse_known_args(argv)
+    if more and not args.measure:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     try:
+        if args.measure:
+            from common.cost.profile import measure
+            from common.cost.profiles import profile_folder
+
+            name = args.name or f"measured-{args.device}"
+            measure(args.device, name, Path(args.out) if args.out else profile_folder(), more)
+            return 0
         data = data_folder(args.data)
         for source in SOURCES:
             tables, skew = read_source(source, data)
-            path = Path(args.out) / f"{source.name}.npz"
+            path = Path(args.out or FOLDER) / f"{source.name}.npz"
             fit_tables(source, tables, skew).save(path)
             print(f"{path.name}: {sum(len(t.time_ns) for t in tables):,} points, {path.stat().st_size:,} bytes")
     except KVPlaneError as error:

@@ -80,8 +80,8 @@ def _decode(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 @cache
 def load_grid(name: str) -> Grid:
-    """A committed grid by name."""
-    path = FOLDER / f"{name}.npz"
+    """A committed grid by name, or a measured profile's by path."""
+    path = Path(name) if name.endswith(".npz") else FOLDER / f"{name}.npz"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.npz")))
         raise ConfigError(f"hardware grid {name!r} does not exist; known: {known}")

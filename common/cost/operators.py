@@ -42,13 +42,13 @@ class Operators:
     def __init__(self, hardware: HardwareSpec, grid: Grid | None = None) -> None:
         self.hardware = hardware
         self.grid = grid or load_grid(hardware.grid)
-        self.roof = Roof.of(hardware.peak_flops, hardware.mem_bandwidth)
+        self.roof = Roof.of(hardware.peak_flops, hardware.mem_bandwidth, hardware.dtype_bytes)
 
     def _grid(self, table: str) -> Grid:
         return self.grid if self.grid.has(table) else load_grid(SIBLING[table])
 
     def _source_roof(self, grid: Grid) -> Roof:
-        return Roof.of(grid.meta["peak_flops"], grid.meta["mem_bandwidth"])
+        return Roof.of(grid.meta["peak_flops"], grid.meta["mem_bandwidth"], grid.meta.get("dtype_bytes", 2))
 
     # -- linear layers
 
@@ -139,19 +139,20 @@ class Operators:
         heads: int,
         kv_heads: int,
         target: Array,
-        work_of: Callable[[int, int], Array],
+        work_of: Callable[[int, int, int], Array],
         first: bool = False,
     ) -> Array:
         """A table of times at (heads, kv_heads): the measured configurations around it, each scaled to its work, as
         their weighted geometric mean. `first`: only the first batch size."""
-        configurations = self.grid.arrays[table.split("_")[0] + "_heads"]
+        prefix = table.split("_")[0]
+        configurations, sizes = self.grid.arrays[f"{prefix}_heads"], head_sizes(self.grid, prefix)
         rows, weights = head_weights(configurations, heads, kv_heads)
         times = self.grid.times(table)
         scaled = []
         for row in rows:
             one = times[row][0] if first else times[row]
             h, kv = configurations[row].tolist()
-            scaled.append(self._rescale(one, work_of(h, kv), target, float(one.min())))
+            scaled.append(self._rescale(one, work_of(h, kv, sizes[row]), target, float(one.min())))
         if len(scaled) == 1:
             return scaled[0]
         mean: Array = np.exp(weights @ np.log(scaled).reshape(len(scaled), -1)).reshape(scaled[0].shape)
@@ -172,12 +173,13 @@ class Operators:
     def _engine_prefill(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         grid, source = self.grid, self._source_roof(self.grid)
         row, (h, _) = nearest_heads(grid.arrays["mix_heads"], heads, kv_heads)
+        size = head_sizes(grid, "mix")[row]
         x, y = grid.knots("mix_chunk"), grid.knots("mix_cached")
         times = grid.times("mix_pre")[row]
         pairs = pairs_of(x[:, None], y[None, :])
         scaled = self._rescale(
             times,
-            _query_work(source, grid, x[:, None], pairs, h, 128),
+            _query_work(source, grid, x[:, None], pairs, h, size),
             _query_work(self.roof, grid, x[:, None], pairs, heads, head_dim),
             float(times.min()),
         )
@@ -190,7 +192,7 @@ class Operators:
         own = x * (x + 1) / 2
         target = _query_work(self.roof, grid, x, own, heads, head_dim)
         alone = self._from_heads(
-            "pre", heads, kv_heads, target, lambda h, _: _query_work(source, grid, x, own, h, 128), first=True
+            "pre", heads, kv_heads, target, lambda h, _, size: _query_work(source, grid, x, own, h, size), first=True
         )
         rate = alone[-1] / own[-1]  # ns per query-key pair when the card is full
         rows = x
@@ -211,7 +213,7 @@ class Operators:
         pairs = tokens * (y[None, :] + 1) / 2
         target = _query_work(self.roof, grid, tokens, pairs, heads, head_dim)
         scaled = self._from_heads(
-            "pre", heads, kv_heads, target, lambda h, _: _query_work(source, grid, tokens, pairs, h, 128)
+            "pre", heads, kv_heads, target, lambda h, _, size: _query_work(source, grid, tokens, pairs, h, size)
         )
         roof = self.roof.prefill(tokens, pairs, heads, kv_heads, head_dim)
         return Lattice(x, y, np.maximum(never_less(scaled, 0), roof))  # in length kernels do change
@@ -219,12 +221,12 @@ class Operators:
     def decode(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         """x decodes of y tokens of context each, alone in their batch."""
         grid, source = self.grid, self._source_roof(self.grid)
-        prefix = "mix" if grid.has("mix_pre") else "dec"
+        prefix = "mix" if grid.has("mix_dec") else "dec"
         x, y = grid.knots(f"{prefix}_batch"), grid.knots(f"{prefix}_context")
         target = self.roof.decode(x[:, None], y[None, :], heads, kv_heads, head_dim)
         table = "mix_dec" if prefix == "mix" else "dec"
         scaled = self._from_heads(
-            table, heads, kv_heads, target, lambda h, kv: source.decode(x[:, None], y[None, :], h, kv, 128)
+            table, heads, kv_heads, target, lambda h, kv, size: source.decode(x[:, None], y[None, :], h, kv, size)
         )
         growing = (1,) if grid.meta.get("dense") else (0, 1)  # 2024's kernel splits KV by the batch it sees
         scaled = np.maximum(never_less(scaled, *growing), target)
@@ -262,6 +264,12 @@ class Operators:
 def attention_floor(grid: Grid) -> float:
     """The shortest decode attention of a card, ns."""
     return float(grid.times("mix_dec" if grid.has("mix_dec") else "dec").min())
+
+
+def head_sizes(grid: Grid, prefix: str) -> list[int]:
+    """Head size of each measured head configuration; 128 where a grid does not say."""
+    sizes = grid.arrays.get(f"{prefix}_size")
+    return [128] * len(grid.arrays[f"{prefix}_heads"]) if sizes is None else sizes.tolist()
 
 
 def _above(time_ns: Array, floor: float, ratio: Array | float) -> Array:

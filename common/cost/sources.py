@@ -22,6 +22,7 @@ class Source:
     licence: str
     network: str = ""  # folder of another tool with send/recv between two GPUs of one node
     dense: bool = False
+    dtype_bytes: int = 2
 
 
 AIC = "ai-dynamo/aiconfigurator, measured vLLM kernels, Apache-2.0"

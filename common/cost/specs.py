@@ -147,6 +147,9 @@ class HardwareSpec:
     derived_from: str | None = None  # the sibling whose grid is scaled, when this card has no tables of its own
     provenance: str = ""
     startup_ns: int = 20_000_000_000  # process, CUDA context, graph capture; parameters are loaded on top
+    dtype_bytes: int = 2  # of the elements that the grid's operators were measured with
+    host_ns: int | None = None  # host time of an iteration, where an engine was measured (cost.traits=profile) ...
+    host_per_seq_ns: int | None = None  # ... and of each request in it
     description: str = ""
 
     def __post_init__(self) -> None:

@@ -482,8 +482,8 @@ class SimExecutor:
         member = Member(entry, entry.target - lane.iteration, lane.iteration + left)
         if left and (entry.leave or not entry.sample):
             self.members.release(lane, entry, entry.target, entry.target)
-            if request_id in self.members.behind:
-                self.members.hand_over(request_id)
+            if (request_id, lane.id) in self.members.behind:
+                self.members.hand_over(request_id, lane)
             lane.stop = True
         else:
             lane.join(member, bool(lane.costs[0].skew_alphas))  # with nothing left it finishes at this boundary

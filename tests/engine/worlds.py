@@ -26,7 +26,7 @@ def tiny_spec(num_layers: int = 4, num_heads: int = 2, num_kv_heads: int = 2, he
     """Cells of 4,096 bytes at 16 tokens a block, as `tests.fakes.cluster` counts them; fp32."""
     return DecoderSpec(
         name="tiny", family="llama", num_layers=num_layers, hidden_size=32, intermediate_size=32, num_heads=num_heads,
-        num_kv_heads=num_kv_heads, head_dim=head_dim, vocab_size=512, tied=True, max_position=1 << 20,
+        num_kv_heads=num_kv_heads, head_dim=head_dim, vocab_size=512, tied=True, max_position=1 << 12,
     )  # fmt: skip
 
 
@@ -117,6 +117,17 @@ def _dense(spec, past, index):
     return attend
 
 
+_REPLIES: dict[tuple[object, ...], list[int]] = {}
+
+
+def _reply(spec: DecoderSpec, source: MemorySource, prompt: list[int], num_tokens: int) -> list[int]:
+    """`undisturbed`, computed once per prompt: a shorter greedy reply is the beginning of a longer one."""
+    key = (spec, id(source), *prompt)
+    if len(_REPLIES.get(key, ())) < num_tokens:
+        _REPLIES[key] = undisturbed(spec, source, prompt, num_tokens)
+    return _REPLIES[key][:num_tokens]
+
+
 def check_tokens(executor: LocalExecutor) -> int:
     """Every finished request has the reply of an undisturbed run; returns how many tokens were compared."""
     spec, compared = executor.world.spec, 0
@@ -125,7 +136,7 @@ def check_tokens(executor: LocalExecutor) -> int:
         if status[request_id] != RequestStatus.FINISHED:
             continue
         length = executor.members.prompt[request_id]
-        want = undisturbed(spec, executor.world.source, ids[:length], executor.members.output[request_id])
+        want = _reply(spec, executor.world.source, ids[:length], executor.members.output[request_id])
         assert ids[length:] == want, f"request {request_id} says something else than an undisturbed run"
         compared += len(want)
     assert compared, "no request finished"

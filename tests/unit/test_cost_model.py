@@ -178,11 +178,11 @@ def test_operators_never_return_nan() -> None:
 def test_the_hot_path_is_fast() -> None:
     one = cost()
     one.iteration_ns([(300, 0)], 20, 1000, 21)
-    start = time.perf_counter()
+    start = time.process_time()
     for i in range(3000):
         one.iteration_ns([(300 + i % 500, i % 1000)], 20, 1000, 21)
         one.decode_ns(20, 1000 + i % 50)
-    assert (time.perf_counter() - start) / 3000 < 60e-6  # about 5 us on a quiet core
+    assert (time.process_time() - start) / 3000 < 60e-6  # about 5 us on a quiet core
 
 
 def test_import_is_light() -> None:
