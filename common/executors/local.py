@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from common.types import (
     RequestStatus,
     RunStep,
     Span,
+    Stage,
     Status,
     StepDone,
     SwapSpan,
@@ -56,6 +58,12 @@ class Traffic:
     out_bytes: int = 0
     back_bytes: int = 0
     per_iteration: list[tuple[int, int, int]] = field(default_factory=list)  # (creditor, bytes out, bytes back)
+
+
+@lru_cache(maxsize=256)
+def _at_home(stages: tuple[Stage, ...]) -> Placement:
+    """All KV where the route is."""
+    return tuple([Span(stage.instance, stage.layers, 0, None) for stage in stages])
 
 
 class LocalExecutor(SimExecutor):
@@ -267,7 +275,7 @@ class LocalExecutor(SimExecutor):
         """Where a request's KV is, from token 0 on."""
         placement = lane.spread.get(request_id)
         if placement is None:
-            return tuple([Span(stage.instance, stage.layers, 0, None) for stage in lane.stages])
+            return _at_home(lane.stages)
         if not shared:
             return placement
         return (*(Span(stage.instance, stage.layers, 0, shared) for stage in lane.stages), *placement)
