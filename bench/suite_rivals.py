@@ -73,6 +73,9 @@ def varlen(case: Paged, scale: float) -> list[Call]:
     return [partial(varlen_attn, case.q, k, v, cu_q, cu_k, *longest, **options) for k, v in halves]
 
 
+_compiled: set[bool] = set()  # kinds of shapes (several queries, or one) that flex_attention was compiled for
+
+
 def flex(case: Paged, scale: float) -> list[Call]:
     """torch's flex_attention, compiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -80,6 +83,9 @@ def flex(case: Paged, scale: float) -> list[Call]:
     if case.q.device.type != "cuda":
         raise NotImplementedError("flex_attention is compiled for CUDA only here")
     new, keys = int(case.rows.q_len[0]), int(case.rows.kv_len[0])
+    if (new > 1) in _compiled:
+        raise NotImplementedError("compiled for the first shape of its kind only, for time")
+    _compiled.add(new > 1)
     mask = None
     if new > 1:
         mask = create_block_mask(
