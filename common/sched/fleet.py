@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from common.policy import Gauge
+from common.sched.hosts import Hosts
 from common.sched.lane import EngineConfig, Seq
 from common.sched.migrating import MigratingLane
 from common.sched.moving import Mover
-from common.sched.plan import Candidate, FleetConfig, FleetStats, Host, Planner
+from common.sched.plan import Candidate, FleetConfig, FleetStats, Planner
 from common.types import (
     Abort,
     ClusterInfo,
@@ -47,8 +48,7 @@ class FleetPolicy:
         self.config = config
         self.planner = planner
         self.lanes: dict[int, MigratingLane] = {}  # by instance, those that are up
-        self.hosts = [Host("starting" if info.running else "down") for info in cluster.instances]
-        self.host_of: dict[int, int] = {}  # bin -> instance
+        self.hosts = Hosts(cluster)
         self.seqs: dict[int, Seq] = {}
         self.at: dict[int, int] = {}  # request -> instance
         self.unsent: dict[int, None] = {}  # planned, and at no instance
@@ -110,19 +110,16 @@ class FleetPolicy:
 
     def _arrive(self, event: RequestArrived, out: list[Command]) -> None:
         seq = Seq(event.request_id, event.prompt_tokens, event.max_output_tokens, event.content, event.session)
-        blocks = self.cluster.instances[0].kv_cells // self.cluster.instances[0].num_layers
-        judge = MigratingLane(0, (), blocks, self.engine)
+        info = self.cluster.instances[0]
+        judge = MigratingLane(0, (), info.kv_cells // info.num_layers, self.engine)
         reason = judge.refusal(seq)
         if reason is not None:
             out.append(Abort(event.request_id, reason))
             return
         self.seqs[event.request_id] = seq
         self._oracle[event.request_id] = event.oracle_output_tokens
-        self._arrived[event.request_id] = self._charge(seq, judge.blocks_of(seq))
+        self._arrived[event.request_id] = self.planner.charge(seq, judge.blocks_of(seq), event.oracle_output_tokens)
         self._arm(out)
-
-    def _charge(self, seq: Seq, blocks: int) -> int:
-        return self.planner.charge(seq, blocks, self._oracle[seq.request_id])
 
     def _gone(self, request_id: int, out: list[Command]) -> None:
         """Finished or refused."""
@@ -164,7 +161,7 @@ class FleetPolicy:
     def _up(self, event: InstanceUp, out: list[Command]) -> None:
         host = self.hosts[event.instance]
         if event.status is not Status.OK:
-            self._unhost(event.instance)
+            self.hosts.vacate(event.instance)
             host.state = "down"
             return
         host.state = "up"
@@ -172,19 +169,13 @@ class FleetPolicy:
         layers = self.cluster.instances[event.instance].num_layers
         lane_id = event.instance + host.starts * len(self.hosts)  # an instance that is back has a new lane
         host.starts += 1
-        stages = (Stage(event.instance, (0, layers)),)
-        self.lanes[event.instance] = MigratingLane(lane_id, stages, event.kv_cells // layers, self.engine)
+        route = (Stage(event.instance, (0, layers)),)
+        self.lanes[event.instance] = MigratingLane(lane_id, route, event.kv_cells // layers, self.engine)
         out.append(Watch(event.instance, self.config.epoch_ns))
         self._dispatch(out)
 
-    def _unhost(self, instance: int) -> None:
-        host = self.hosts[instance]
-        if host.bin is not None:
-            del self.host_of[host.bin]
-            host.bin = None
-
     def _lost(self, instance: int, out: list[Command]) -> None:
-        self._unhost(instance)
+        self.hosts.vacate(instance)
         self.hosts[instance].state = "down"
         lane = self.lanes.pop(instance, None)
         if lane is None:
@@ -220,7 +211,7 @@ class FleetPolicy:
             if lane.targets and lane.busy and not lane.stopping:
                 self.mover.touch(lane, self.now_ns, out)  # only a step's end tells that a prompt decodes by now
             for seq in lane.running.values():
-                charge = self._charge(seq, lane.blocks_of(seq))
+                charge = self.planner.charge(seq, lane.blocks_of(seq), self._oracle[seq.request_id])
                 if charge > self._charged.get(seq.request_id, charge):
                     grown[seq.request_id] = self._charged[seq.request_id] = charge
         arrived, self._arrived = self._arrived, {}
@@ -237,28 +228,17 @@ class FleetPolicy:
             self._arm(out)
 
     def _host(self, out: list[Command]) -> None:
-        """Every bin gets an instance: one that is up and free, one that is starting, or a new one."""
-        bins = self.planner.bins()
-        for bin_id in [bin_id for bin_id in self.host_of if bin_id not in bins]:
-            self._unhost(self.host_of[bin_id])
-        wanting = [bin_id for bin_id in bins if bin_id not in self.host_of]
-        if not wanting:
-            return
-        rank = {"up": 0, "starting": 1, "down": 2}
-        free = [index for index, host in enumerate(self.hosts) if host.bin is None and not host.waits_for_down]
-        free.sort(key=lambda index: (rank[self.hosts[index].state], index))
-        for bin_id, instance in zip(wanting, free):
-            host = self.hosts[instance]
-            host.bin, self.host_of[bin_id] = bin_id, instance
+        """Every bin gets an instance."""
+        for bin_id, instance in self.hosts.assign(self.planner.bins()):
             self.planner.hosted(bin_id, self.cluster.instances[instance].node)
-            if host.state == "down":
-                host.state = "starting"
+            if self.hosts[instance].state == "down":
+                self.hosts[instance].state = "starting"
                 self.stats.starts += 1
                 out.append(StartInstance(self._command_id(), instance))
 
     def _home(self, request_id: int) -> int | None:
         """The instance where a request should be, if it is up."""
-        instance = self.host_of.get(self.planner.bin_of(request_id))
+        instance = self.hosts.of_bin.get(self.planner.bin_of(request_id))
         return instance if instance in self.lanes else None
 
     def _dispatch(self, out: list[Command]) -> None:
@@ -297,21 +277,11 @@ class FleetPolicy:
                 self._submit(seq, home, out)
             elif request_id in lane.running and seq.decoding and self.lanes[home].free >= lane.blocks_of(seq):
                 moves.append(Candidate(request_id, here, home, lane.stored(seq), lane.free < len(lane.running)))
-        if moves:
-            self._migrate(moves, out)
-
-    def _migrate(self, moves: list[Candidate], out: list[Command]) -> None:
-        busy: dict[int, int] = {}
-        for move in self.mover.by_request.values():
-            left = max(0, move.src.stored(self.seqs[move.request_id]) - move.done)
-            for lane in (move.src, move.dst):
-                busy[lane.instance] = busy.get(lane.instance, 0) + left
-        modes = self.planner.modes(moves, busy)
-        for candidate in moves:
-            mode = modes.get(candidate.request_id)
-            src, dst = self.lanes[candidate.src], self.lanes[candidate.dst]
-            if mode is not None and candidate.request_id in src.running:
-                self.mover.start(self.seqs[candidate.request_id], src, dst, mode, self.now_ns, out)
+        modes = self.planner.modes(moves, self.mover.in_flight(self.seqs)) if moves else {}
+        for move in moves:
+            src, dst = self.lanes[move.src], self.lanes[move.dst]
+            if move.request_id in modes and move.request_id in src.running:
+                self.mover.start(self.seqs[move.request_id], src, dst, modes[move.request_id], self.now_ns, out)
 
     def _shrink(self, out: list[Command]) -> None:
         """Stop instances that have been empty for the cooldown."""

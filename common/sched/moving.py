@@ -10,7 +10,7 @@ acknowledgement. Whatever fails before that leaves the request at the source.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
@@ -83,6 +83,15 @@ class Mover:
         self._copies: dict[int, Migration] = {}
         self._wishes: dict[int, list[Migration]] = {}  # destination lane -> reservations wanted at its next boundary
         self._stalled: dict[int, int] = {}  # request -> when it left its source and stood still
+
+    def in_flight(self, seqs: Mapping[int, Seq]) -> dict[int, int]:
+        """Tokens still to be copied out of or into instances."""
+        busy: dict[int, int] = {}
+        for move in self.by_request.values():
+            left = max(0, move.src.stored(seqs[move.request_id]) - move.done)
+            for lane in (move.src, move.dst):
+                busy[lane.instance] = busy.get(lane.instance, 0) + left
+        return busy
 
     # ------------------------------------------------------------ beginnings
 

@@ -62,17 +62,6 @@ class Planner(Protocol):
 
 
 @dataclass
-class Host:
-    """An instance and the bin that it serves."""
-
-    state: str = "down"  # down, starting, up
-    bin: int | None = None
-    idle_since: int = -1
-    starts: int = 0
-    waits_for_down: bool = False
-
-
-@dataclass
 class FleetStats:
     """What planning did."""
 
