@@ -61,7 +61,8 @@ BROKEN = pytest.mark.xfail(strict=True, reason="D reads a named block whose cell
 
 
 @pytest.mark.parametrize(
-    "design", [pytest.param(name, marks=BROKEN) if name in ("pd_caching_2", "pd_caching_3") else name for name in DESIGNS]
+    "design",
+    [pytest.param(name, marks=BROKEN) if name in ("pd_caching_2", "pd_caching_3") else name for name in DESIGNS],
 )
 def test_tokens_are_those_of_an_uncached_instance(design):
     seen = {"swapped_out": 0, "swapped_in": 0, "evicted": 0, "hits": 0, "tokens": 0}
