@@ -25,7 +25,7 @@ def test_everyone_ends_and_no_block_is_lost_whatever_happens():
         met.update(run.situations())
 
     draws()
-    kinds = ("mid-drop", "pipeline", "shrinking", "loading", "draining", "serving")
+    kinds = ("pipeline", "draining", "serving")  # states too short for random losses are killed on purpose below
     assert all(met[kind] for kind in ("straddles a drop", "straddles a restore", "lives through two merges"))
     assert all(met[f"loses a member {kind} at all"] for kind in kinds), met
 
