@@ -128,8 +128,7 @@ def main() -> int:
              "(Llama-2-70B, TP2, 4 replicas, A100, 3,328 blocks of 16).",
              f"Differences over all statistics, traces and schedulers: with Vidur's tables {fed}; with our cost model "
              f"on kernels of vLLM 0.14 {newer}, on kernels of 2024 {same}. Device time only "
-              "(`cost.traits=device-only`): "
-             "Vidur counts no CPU time.",
+             "(`cost.traits=device-only`): Vidur counts no CPU time.",
              "The kernels of 2024 are a grid fitted to Vidur's measured operator tables (`hardware=a100-80g-2024`), "
              "to none of its predictions or results. Its own predictors were trained on the same measurements, so this "
              "tests our cost model and schedulers, not the measurements.",

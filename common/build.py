@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import cast
 
@@ -13,6 +14,8 @@ from common.errors import ConfigError
 from common.executors.cluster import ClusterModel, StageCost
 from common.executors.network import LinkSpec
 from common.types import InstanceInfo
+
+PROFILE_TOKENS = 1024  # of the one prompt that the profile for policies measures, alone on an idle instance
 
 
 def cluster_model(config: RunConfig) -> ClusterModel:
@@ -38,6 +41,7 @@ def cluster_model(config: RunConfig) -> ClusterModel:
             cell_bytes=cell_bytes,
             layer_param_bytes=model.layer_bytes,
             node=index // (config.cluster.gpus_per_node // tp),
+            running=index < config.cluster.num_running,
             host_cells=host_bytes // cell_bytes,
         )
         for index in range(config.cluster.num_instances)
@@ -68,7 +72,30 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         control_ns=int(config.cluster.control_ms * 1e6),
         frontend_ns=int(config.cluster.frontend_ms * 1e6),
         compact_bandwidth=hardware.mem_bandwidth * tp,
+        extra=_estimates(config),
     )
+
+
+def _estimates(config: RunConfig) -> dict[str, float]:
+    """What a policy that plans by cost may plan with: fits on a training split, profiled boundaries and the links'
+    bandwidths, as plain numbers, from a cost model of its own; never the executor's object."""
+    options, tp, hardware = config.system_options, config.cluster.tp, config.hardware
+    plans = {"lookahead", "migration"} & set(options) or options.get("mode") == "proactive"
+    if not plans or config.cost_source != "operators":
+        return {}
+    model = replace(config.model, dtype_bytes=hardware.dtype_bytes)
+    cost = InstanceCost(model, hardware, tp, engine=config.traits)
+    links = {"nvlink_bandwidth": nvlink(hardware).bandwidth * tp, "nic_bandwidth": nic(hardware).bandwidth * tp}
+    if "lookahead" in options:
+        from common.cost.estimate import extra
+
+        return {**extra(cost, config.engine.max_num_batched_tokens), **links}
+    if "migration" in options:
+        prefill_ns = cost.iteration_ns([(PROFILE_TOKENS, 0)], 0, 0, 1)
+        return {"prefill_tokens_per_s": PROFILE_TOKENS * 1e9 / prefill_ns, **links}
+    from common.cost.throughput import throughput_model
+
+    return throughput_model(cost)
 
 
 def _vidur(config: RunConfig, layers: int) -> StageCost:

@@ -45,10 +45,12 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """Instances of `tp` GPUs; a node has `gpus_per_node`. `lost`: (seconds, instance). `lost_agents`: (seconds, name,
-    seconds until it is back). `message_faults`: (mean extra delay in ms, share lost, share doubled)."""
+    """Instances of `tp` GPUs, the first `num_running` of which run from the start; a node has `gpus_per_node` GPUs.
+    `lost`: (seconds, instance). `lost_agents`: (seconds, name, seconds until it is back). `message_faults`: (mean extra
+    delay in ms, share lost, share doubled)."""
 
     num_instances: int
+    num_running: int  # from the start
     tp: int
     gpus_per_node: int
     lost: tuple[tuple[float, int], ...]
@@ -217,6 +219,9 @@ def _cluster(tree: dict[str, Any]) -> ClusterConfig:
     instances = _integer("cluster.num_instances", tree["num_instances"], 1)
     if instances > MAX_INSTANCES:
         raise ConfigError(f"cluster.num_instances={instances}: at most {MAX_INSTANCES:,} instances are simulated")
+    running = instances if tree["num_running"] is None else _integer("cluster.num_running", tree["num_running"], 0)
+    if running > instances:
+        raise ConfigError(f"cluster.num_running={running} exceeds cluster.num_instances={instances}")
     tp = _integer("cluster.tp", tree["tp"], 1)
     per_node = _integer("cluster.gpus_per_node", tree["gpus_per_node"], 1)
     if tp > per_node:
@@ -226,7 +231,7 @@ def _cluster(tree: dict[str, Any]) -> ClusterConfig:
     frontend = _number("cluster.frontend_ms", tree["frontend_ms"])
     host = None if tree["host_memory_gb"] is None else _number("cluster.host_memory_gb", tree["host_memory_gb"])
     agents, messages = _lost_agents(tree["lost_agents"]), _message_faults(tree["message_faults"])
-    return ClusterConfig(instances, tp, per_node, lost, agents, messages, control, frontend, host)
+    return ClusterConfig(instances, running, tp, per_node, lost, agents, messages, control, frontend, host)
 
 
 def _lost(value: object, instances: int) -> tuple[tuple[float, int], ...]:

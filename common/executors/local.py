@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from common.types import (
     RequestStatus,
     RunStep,
     Span,
+    Stage,
     Status,
     StepDone,
     SwapSpan,
@@ -56,6 +58,12 @@ class Traffic:
     out_bytes: int = 0
     back_bytes: int = 0
     per_iteration: list[tuple[int, int, int]] = field(default_factory=list)  # (creditor, bytes out, bytes back)
+
+
+@lru_cache(maxsize=256)
+def _at_home(stages: tuple[Stage, ...]) -> Placement:
+    """All KV where the route is."""
+    return tuple([Span(stage.instance, stage.layers, 0, None) for stage in stages])
 
 
 class LocalExecutor(SimExecutor):
@@ -154,7 +162,11 @@ class LocalExecutor(SimExecutor):
         if not self.state.up[command.instance]:
             return
         if command.request_id is None:
-            self.books.store(command.instance, command.tier).evict(command.cached_blocks)
+            store = self.books.store(command.instance, command.tier)
+            if command.content is None:
+                store.evict(command.cached_blocks)
+            else:
+                self.books.evict_named(store, command)
             return
         tokens = command.tokens or (0, 1 << 60)
         ends = [held.end for held in self.state.held.get(command.request_id, ())
@@ -242,7 +254,7 @@ class LocalExecutor(SimExecutor):
             self._flying.add(lane.id)
             for request_id, member in lane.members.items():
                 position = member.offset + lane.iteration
-                works.append(Work(request_id, position, 1, True, self._spans(lane, request_id, member.entry.shared)))
+                works.append(Work(request_id, position, 1, True, self.spans(lane, request_id, member.entry.shared)))
         else:
             self._flying.discard(lane.id)
         for chunk, target in zip(lane.chunks, lane.targets):
@@ -250,7 +262,7 @@ class LocalExecutor(SimExecutor):
                 entry = target.entry
                 last = entry.sample and target.computed + chunk == target.target
                 shared = entry.shared if entry.behind is None else 0
-                spans = self._spans(lane, entry.request_id, shared)
+                spans = self.spans(lane, entry.request_id, shared)
                 works.append(Work(entry.request_id, target.computed, chunk, last, spans))
         ids: list[int] = []
         for work in works:
@@ -259,11 +271,11 @@ class LocalExecutor(SimExecutor):
         assert len(ids) == batch.num_tokens, "a token is computed that nobody knows"
         return Item(batch, ids)
 
-    def _spans(self, lane: SimLane, request_id: int, shared: int) -> Placement:
+    def spans(self, lane: SimLane, request_id: int, shared: int) -> Placement:
         """Where a request's KV is, from token 0 on."""
         placement = lane.spread.get(request_id)
         if placement is None:
-            return tuple([Span(stage.instance, stage.layers, 0, None) for stage in lane.stages])
+            return _at_home(lane.stages)
         if not shared:
             return placement
         return (*(Span(stage.instance, stage.layers, 0, shared) for stage in lane.stages), *placement)
@@ -275,7 +287,7 @@ class LocalExecutor(SimExecutor):
             position = member.offset + clock
             if position % size:
                 continue
-            for span in self._spans(lane, request_id, member.entry.shared):
+            for span in self.spans(lane, request_id, member.entry.shared):
                 if span.token_start <= position and (span.token_end is None or position < span.token_end):
                     low, high = span.layers
                     store = self.books.store(span.instance)

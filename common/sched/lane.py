@@ -296,7 +296,7 @@ class LaneScheduler:
             if not room_for(config.rule, config.max_num_batched_tokens, self.phase.num, self.targets, seq.known):
                 return True
             entry = self._try(seq, growth, out)
-            if entry is None and (self.running or not self._alone()):
+            if entry is None and (self.running or not self._hopeless(seq)):
                 return False
             waiting.popleft()
             if entry is None:
@@ -306,8 +306,8 @@ class LaneScheduler:
             self.running[seq.request_id] = seq
         return False
 
-    def _alone(self) -> bool:
-        """Does nobody else draw from these blocks? Else an empty lane is no reason to give a request up."""
+    def _hopeless(self, seq: Seq) -> bool:
+        """Does not even an otherwise empty lane help? Not so where others hold some of its memory for a while."""
         return True
 
     def _try(self, seq: Seq, reserve: int, out: list[Command]) -> Entry | None:

@@ -107,7 +107,7 @@ class SharedLane(LaneScheduler):
             total += self._blocks(seq.offset + self.iteration if seq.decoding else seq.target)
         return total + sum(self._blocks(seq.target) - self._blocks(seq.offset) for seq in self.pieces.values())
 
-    def _alone(self) -> bool:
+    def _hopeless(self, seq: Seq) -> bool:
         return self.greedy
 
     def _may_start(self, seq: Seq) -> bool:

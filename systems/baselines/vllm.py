@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable
-from typing import Literal
 
 from common.policy import Gauge
+from common.sched.dispatch import Dispatch, Dispatcher
 from common.sched.lane import EngineConfig, LaneScheduler, Seq
 from common.types import (
     Abort,
@@ -25,9 +24,6 @@ from common.types import (
     StepDone,
 )
 
-Dispatch = Literal["round_robin", "least_outstanding"]
-SCANNED = 16  # up to so many instances are looked at one by one: faster than a heap
-
 
 class VllmPolicy:
     """One lane per instance; a request stays where it was dispatched unless the instance dies."""
@@ -35,12 +31,8 @@ class VllmPolicy:
     def __init__(self, cluster: ClusterInfo, engine: EngineConfig, dispatch: Dispatch = "least_outstanding") -> None:
         self.cluster = cluster
         self.engine = engine
-        self.dispatch = dispatch
         self.lanes: dict[int, LaneScheduler] = {}
-        self._next = 0
-        # (outstanding, last dispatch, instance), stale entries dropped lazily: ties go to the longest not chosen
-        self._least: list[tuple[int, int, int]] = []
-        self._chosen: dict[int, int] = {}
+        self.dispatcher = Dispatcher(self.lanes, dispatch)
         self._orphans: list[Seq] = []  # arrived while no instance was up
         self._dying: dict[int, LaneScheduler] = {}  # by lane
         self._starts: dict[int, int] = {}  # instance -> times it came up
@@ -76,50 +68,15 @@ class VllmPolicy:
         if not self.lanes:
             self._orphans.append(seq)
             return
-        instance = self._pick()
+        instance = self.dispatcher.pick()
         lane = self.lanes[instance]
         reason = lane.refusal(seq)
         if reason is not None:
             out.append(Abort(seq.request_id, reason))
-            self._note(instance, lane)
+            self.dispatcher.note(instance, lane)
             return
         lane.submit(seq, out)
-        self._note(instance, lane)
-
-    def _pick(self) -> int:
-        self._next += 1
-        if self.dispatch == "round_robin":
-            order = list(self.lanes)
-            return order[(self._next - 1) % len(order)]
-        lanes, chosen = self.lanes, self._chosen
-        if len(lanes) <= SCANNED:
-            ranks = [(len(lane.waiting) + len(lane.running), chosen[index], index) for index, lane in lanes.items()]
-            instance = min(ranks)[2]
-        else:
-            instance = self._least_in_heap()
-        chosen[instance] = self._next
-        return instance
-
-    def _least_in_heap(self) -> int:
-        least, chosen = self._least, self._chosen
-        while True:
-            count, since, instance = least[0]
-            lane = self.lanes.get(instance)
-            if lane is not None and lane.outstanding() == count and chosen[instance] == since:
-                return instance
-            heapq.heappop(least)
-
-    def _note(self, instance: int, lane: LaneScheduler) -> None:
-        if len(self.lanes) <= SCANNED or self.dispatch != "least_outstanding":
-            return
-        if len(self._least) > 64 + 8 * len(self.lanes):
-            self._rank()
-        heapq.heappush(self._least, (len(lane.waiting) + len(lane.running), self._chosen[instance], instance))
-
-    def _rank(self) -> None:
-        chosen = self._chosen
-        self._least[:] = [(lane.outstanding(), chosen[index], index) for index, lane in self.lanes.items()]
-        heapq.heapify(self._least)
+        self.dispatcher.note(instance, lane)
 
     def _step_done(self, event: StepDone, out: list[Command]) -> None:
         if event.status is not Status.OK:
@@ -133,7 +90,7 @@ class VllmPolicy:
         lane.step_done(event, out)
         lane.schedule(out)
         if len(waiting) + len(running) != before:
-            self._note(instance, lane)
+            self.dispatcher.note(instance, lane)
 
     # ------------------------------------------------------------ membership
 
@@ -144,10 +101,7 @@ class VllmPolicy:
         lane_id = event.instance + start * len(self.cluster.instances)  # an instance that is back has a new lane
         lane = LaneScheduler(lane_id, stages, event.kv_cells // layers, self.engine)
         self.lanes[event.instance] = lane
-        self._chosen.setdefault(event.instance, 0)
-        if len(self.lanes) == SCANNED + 1:
-            self._rank()
-        self._note(event.instance, lane)
+        self.dispatcher.added(event.instance)
         orphans, self._orphans = self._orphans, []
         for seq in orphans:
             self._route(seq, out)

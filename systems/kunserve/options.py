@@ -19,7 +19,8 @@ CHOICES = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`min_tokens`: None takes the engine's token budget. `piece_bytes`: None takes about one stage's time on the link where the cluster tells its costs."""
+    """`min_tokens`: None takes the engine's token budget. `piece_bytes`: None takes about one stage's time on the link
+    where the cluster tells its costs."""
 
     exchange: str = "coordinated"
     lookahead: str = "on"

@@ -26,7 +26,7 @@ def tiny_spec(num_layers: int = 4, num_heads: int = 2, num_kv_heads: int = 2, he
     """Cells of 4,096 bytes at 16 tokens a block, as `tests.fakes.cluster` counts them; fp32."""
     return DecoderSpec(
         name="tiny", family="llama", num_layers=num_layers, hidden_size=32, intermediate_size=32, num_heads=num_heads,
-        num_kv_heads=num_kv_heads, head_dim=head_dim, vocab_size=512, tied=True, max_position=1 << 20,
+        num_kv_heads=num_kv_heads, head_dim=head_dim, vocab_size=512, tied=True, max_position=1 << 12,
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -211,9 +210,9 @@ def test_an_interrupted_run_is_readable_and_marked(tmp_path: Path, how: signal.S
     command = [sys.executable, "run.py", "workload=poisson", "workload.num_requests=400000", "workload.rate=40",
                "run.figures=false", "run.trace=false", f"run.results={tmp_path}", "run.name=r"]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(4)
+    assert process.stderr is not None and process.stderr.readline().startswith("simulating")  # it is under way
     process.send_signal(how)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     manifest = json.loads((tmp_path / "r" / "manifest.json").read_text())
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())

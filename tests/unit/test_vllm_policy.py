@@ -64,14 +64,14 @@ def test_least_outstanding_survives_many_stale_entries():
         step = next(command for command in arrive(made, index) if isinstance(command, RunStep))
         done(made, step, made.lanes[step.lane].iteration + 1, (index,), ((index, made.lanes[step.lane].iteration + 1),))
     assert set(outstanding(made).values()) == {0}
-    assert 20 <= len(made._least) < 300
+    assert 20 <= len(made.dispatcher._least) < 300
 
 
 def test_many_instances_and_few_are_chosen_alike(monkeypatch):
     """A heap of instances and a look at each give the same choices, also while instances come and go."""
     chosen = []
     for scanned in (1, 5, 100):
-        monkeypatch.setattr("systems.baselines.vllm.SCANNED", scanned)
+        monkeypatch.setattr("common.sched.dispatch.SCANNED", scanned)
         made, steps = policy(6, blocks=4096, up=3), {}
         picks = []
         for index in range(300):

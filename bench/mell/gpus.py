@@ -1,0 +1,186 @@
+"""python -m bench.mell.gpus     GPU counts beside the bounds and the paper's bars; results/mell/gpus.json.
+
+Simulated. Every run is appended to the file when it ends, and runs that are in it already are not repeated; so a run
+that is stopped goes on later. `python -m bench.mell.figure` makes table and figure of what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.config import compose
+from common.driver import drive
+from common.metrics import summarize
+from common.record import RequestColumns, RunRecord
+from common.sched.fleet import FleetPolicy
+from run import make_executor, served
+from systems.mell.bounds import first_fit, martello_toth, volume
+from systems.mell.policy import MellPlanner
+from systems.registry import make_policy
+from workloads.build import build
+
+RATES = {"infrequent": 0.5, "middle": 0.8, "frequent": 1.1}
+MAIN = ("mell", "load_balance", "worst_fit", "best_fit", "oracle_worst_fit", "oracle_best_fit")
+MORE = ("load_balance_drain", "ffd_repack", "first_fit", "oracle_load_balance")
+SNAPSHOT_S = 5.0
+RAMP = 1 / 3  # of the span of arrivals is left out of means and peaks
+
+
+class Case(NamedTuple):
+    """One line of the table."""
+
+    experiment: str
+    load: str
+    system: str
+    variant: str
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Its name in the file."""
+        return f"{self.experiment}/{self.load}/{self.system}/{self.variant}/s{self.seed}"
+
+
+def cases(seeds: int) -> Iterator[Case]:
+    """All runs, most wanted first."""
+    for seed in range(seeds):
+        for load, rate in reversed(RATES.items()):
+            for experiment in ("13b_x10", "7b_x10"):
+                for system in MAIN:
+                    yield Case(experiment, load, system, "", seed, (f"workload.rate={rate}",))
+        if seed == 0:
+            for system in MAIN:
+                for experiment in ("13b_native", "13b_azure", "13b_azure_x10"):
+                    yield Case(experiment, experiment.removeprefix("13b_"), system, "", 0, ())
+            for option in ("batching=false", "migration=kv", "migration=tokens", "watermark=0.0", "watermark=0.15",
+                           "rules=paper"):  # fmt: skip
+                yield Case("13b_x10", "frequent", "mell", option, 0, ("workload.rate=1.1", f"system.{option}"))
+            for system in MORE:
+                yield Case("13b_x10", "frequent", system, "", 0, ("workload.rate=1.1",))
+
+
+def simulate(case: Case) -> dict[str, Any]:
+    """One run and its numbers over the steady part."""
+    config = compose([f"experiment=mell/{case.experiment}", f"system={case.system}", f"seed={case.seed}",
+                      *case.overrides])  # fmt: skip
+    workload = served(build(config.workload, config.seed), config.engine.max_model_len)
+    record = RunRecord(RequestColumns.empty(workload.num_requests))
+    executor = make_executor(config, workload, record)
+    policy = make_policy(config.system, executor.cluster.info(), config.engine, config.system_options)
+    assert isinstance(policy, FleetPolicy)
+    watched = Watched(policy.planner, policy)
+    policy.planner = watched
+    begin = time.process_time()
+    drive(policy, executor, record, 1_000_000_000)
+    info = executor.cluster.instances[0]
+    capacity = info.kv_cells // info.num_layers
+    span = float(workload.arrival_ns.max()) / 1e9
+    steady = [sample for sample in watched.seen if span * RAMP <= sample[0] < span]
+    return {
+        "key": case.key,
+        "case": case._asdict(),
+        "cpu_s": time.process_time() - begin,
+        "requests": workload.num_requests,
+        **_latency(record, config, workload),
+        **_gpus(record, steady, capacity),
+        **_moves(policy, record, span),
+    }
+
+
+def _latency(record: RunRecord, config: Any, workload: Any) -> dict[str, Any]:
+    summary = summarize(record, config.slo)
+    names = ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "num_preemptions", "rejected",
+             "gpu_seconds", "mean_num_gpus", "peak_num_gpus")  # fmt: skip
+    return {**{name: summary[name] for name in names}, "clipped_output": workload.counts.get("clipped_output", 0)}
+
+
+class Watched:
+    """A planner whose load is noted every few seconds: blocks of every live request, as it plans with them."""
+
+    def __init__(self, planner: Any, policy: FleetPolicy) -> None:
+        self.planner = planner
+        self.policy = policy
+        self.seen: list[tuple[float, int, list[int]]] = []  # (s, GPUs of the plan, blocks by request)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.planner, name)
+
+    def epoch(self, *args: Any) -> Any:
+        """As the planner's."""
+        changed = self.planner.epoch(*args)
+        now = self.policy.now_ns / 1e9
+        if not self.seen or now >= self.seen[-1][0] + SNAPSHOT_S:
+            sizes = self.planner.groups.sizes if isinstance(self.planner, MellPlanner) else self.planner.sizes
+            self.seen.append((now, len(self.planner.bins()), list(sizes.values())))
+        return changed
+
+
+def _gpus(record: RunRecord, seen: list[tuple[float, int, list[int]]], capacity: int) -> dict[str, Any]:
+    """The plan's count (what the paper counts), the paid count, and the bounds on the same load. Where a baseline lets
+    requests outgrow a GPU (`preempt`), its utilisation is demand and may exceed 1."""
+    at = np.array([moment for moment, _, _ in seen])
+    plan = np.array([num for _, num, _ in seen])
+    spans = np.array([span for spans in record.up_intervals.values() for span in spans], dtype=np.float64) / 1e9
+    paid = ((spans[:, :1] <= at) & (at < spans[:, 1:])).sum(axis=0)
+    snapshots = [sizes for _, _, sizes in seen]
+    used = np.array([sum(sizes) for sizes in snapshots]) / capacity
+    low = np.array([martello_toth(sizes, capacity) for sizes in snapshots])
+    return {
+        "plan_mean": float(plan.mean()), "plan_peak": int(plan.max()),
+        "paid_mean": float(paid.mean()), "paid_peak": int(paid.max()),
+        "utilisation": float(used.sum() / plan.sum()), "utilisation_paid": float(used.sum() / paid.sum()),
+        "volume_mean": float(np.mean([volume(sizes, capacity) for sizes in snapshots])),
+        "l2_mean": float(low.mean()), "l2_peak": int(low.max()),
+        "ffd_mean": float(np.mean([first_fit(sizes, capacity) for sizes in snapshots])),
+        "live_mean": float(np.mean([len(sizes) for sizes in snapshots])),
+        "timeline": {"at_s": at.tolist(), "plan": plan.tolist(), "paid": paid.tolist(), "l2": low.tolist()},
+    }  # fmt: skip
+
+
+def _moves(policy: FleetPolicy, record: RunRecord, span: float) -> dict[str, Any]:
+    done = policy.mover.stats
+    stalls = sorted(stall for stalls in done.stalls_ns.values() for stall in stalls)
+    out = {
+        "kv_moves_per_s": done.kv_done / span, "token_moves_per_s": done.token_done / span,
+        "aborted": done.aborted, "kv_gb": done.kv_bytes / 1e9, "recomputed_tokens": done.recomputed_tokens,
+        "median_stall_ms": stalls[len(stalls) // 2] / 1e6 if stalls else None,
+        "p99_stall_ms": stalls[len(stalls) * 99 // 100] / 1e6 if stalls else None,
+        "starts": policy.stats.starts, "stops": policy.stats.stops, "fallbacks": policy.stats.fallbacks,
+    }  # fmt: skip
+    planner = getattr(policy.planner, "planner", policy.planner)
+    if isinstance(planner, MellPlanner):
+        plan = planner.plan_stats
+        out |= {"group_moves_per_s": plan.group_moves / span, "request_moves_per_s": plan.request_moves / span,
+                "net_moves_per_s": plan.net_moves / span}  # fmt: skip
+    return out
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", default="results/mell/gpus.json")
+    parser.add_argument("--only", default="", help="a part of the keys")
+    options = parser.parse_args()
+    path = Path(options.out)
+    rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for case in cases(options.seeds):
+        if case.key in rows or options.only not in case.key:
+            continue
+        row = rows[case.key] = simulate(case)
+        print(f"{case.key}: plan {row['plan_mean']:.1f}/{row['plan_peak']}, paid {row['paid_mean']:.1f}, L2 "
+              f"{row['l2_mean']:.1f}, used {row['utilisation']:.2f}, {row['cpu_s']:.0f} s", flush=True)  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""MELL: fewer GPUs through bounded migration (see README.md)."""
