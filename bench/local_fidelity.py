@@ -103,10 +103,10 @@ def main() -> int:
         f"Device: {options.device}, one thread, torch {torch.__version__}; {os.cpu_count()} cores shared with other "
         f"work (load {load:.1f} to {os.getloadavg()[0]:.1f}), which is what wall and CPU time differ by.",
         f"The simulator is off by {typical:.0%} in the median of these numbers (against CPU time, which is what the "
-        f"profile counts), at worst {worst['difference of sim to CPU time']:+.0%} in {worst['metric']}. "
-        f"A second run of the engine differs from the first by {noise:.0%} in the median.",
-        "In the light traces requests hardly meet, so the simulator gives all of them the same times: its tails are "
-        "those of the schedule, the engine's also those of the machine.",
+        f"profile counts), at worst {worst['difference of sim to CPU time']:+.0%} in {worst['metric']}. A second run "
+        f"of the engine differs from the first by {noise:.0%} in the median.",
+        "In the light traces requests hardly meet, so the simulator gives all of them the same times: its tails "
+        "are those of the schedule, the engine's also those of the machine.",
     ]
     write_report("local_fidelity", "The engine and its simulation", notes, tables, options.out)
     return 0
