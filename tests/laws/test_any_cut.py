@@ -18,10 +18,11 @@ from common.executors.network import LinkSpec
 from common.executors.sim import SimExecutor
 from common.kv.blocks import CellRange
 from common.record import RequestColumns, RunRecord
-from common.types import RequestStatus, Tier
+from common.types import CopySpan, Entry, FreeSpan, RequestStatus, Span, Stage, Tier
 from tests.contract.nomads import KINDS, Case, Nomads
-from tests.contract.runtimes import Recorder
-from tests.contract.test_random_moves import OPS, Wanderers, wander
+from tests.contract.runtimes import Recorder, walk_local
+from tests.contract.script import Script, World
+from tests.contract.test_random_moves import ALL, OPS, Wanderers, wander
 from tests.engine.witness import Witness, check_logits
 from tests.engine.worlds import check_replies, fitting_cluster, tiny_spec, tiny_world
 from tests.fakes import US, FakeWorkload, cluster
@@ -176,3 +177,28 @@ def test_wanderers_say_the_same(ops, lengths):
         executor.close()
     _, sim = wander(ops, lengths, None)
     assert columns(executor.record) == columns(sim.record)
+
+
+class Looked(Script):
+    """Request 0 grows on its creditor, and in every iteration its books change: a copy begins, another is given up."""
+
+    world = World(instances=3, blocks=16)
+    workload = FakeWorkload([0], [40], [50])
+
+    def agents(self):
+        return [self.story()]
+
+    def story(self):
+        yield self.arrived(0)
+        spans = (Span(0, ALL, 0, 48), Span(1, ALL, 48, None))
+        self.change(0, stages=(Stage(0, ALL),), add=(Entry(0, 0, 40, placement=spans),))
+        while ("finished", 0) not in self.happened:
+            yield self.change(0)
+            if 0 in self.books[0].members:
+                self.do(FreeSpan(2, 0))
+                self.ask(CopySpan, 0, 0, 2, ALL, (0, 16))
+
+
+def test_a_new_block_on_a_creditor_outlives_a_look_at_the_books():
+    """In mid-iteration its growth at home was kept when its books were settled, its growth elsewhere was not."""
+    walk_local(Looked, None)
