@@ -19,6 +19,7 @@ from common.errors import ConfigError, KVPlaneError, Stalled
 if TYPE_CHECKING:
     from common.config import RunConfig
     from common.executors.sim import SimExecutor
+    from common.executors.simfaults import MessageFaults
     from common.policy import Executor
     from common.record import RunRecord
 
@@ -53,7 +54,9 @@ def make_executor(config: RunConfig, workload: Any, record: RunRecord) -> SimExe
     from systems.registry import ORACLES
 
     faults = tuple((int(seconds * 1e9), instance) for seconds, instance in config.cluster.lost)
-    options: dict[str, Any] = {"oracle": config.system in ORACLES, "faults": faults}
+    options: dict[str, Any] = {"oracle": config.system in ORACLES, "faults": faults,
+                               "message_faults": _message_faults(config),
+                               "agent_faults": _agent_faults(config)}  # fmt: skip
     if config.runtime.name == "local":
         try:
             from common.build_local import local_executor
@@ -87,7 +90,7 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
     try:
         with (
             _recorded(config, executor) as seen,
-            Progress(record, workload.num_requests) as progress,
+            Progress(record, workload.num_requests, _doing(config)) as progress,
             _stoppable(progress) as sampled,
         ):
             drive(policy, seen, record, _sample_ns(config, workload), sampled)
@@ -102,6 +105,24 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
         if was_enabled:
             gc.enable()
     return Replayed(record, executor, time.perf_counter() - begin)
+
+
+def _doing(config: RunConfig) -> str:
+    return "simulating" if config.runtime.name == "sim" else "emulating"
+
+
+def _agent_faults(config: RunConfig) -> tuple[tuple[int, str, int], ...]:
+    return tuple((int(at_s * 1e9), agent, int(for_s * 1e9)) for at_s, agent, for_s in config.cluster.lost_agents)
+
+
+def _message_faults(config: RunConfig) -> MessageFaults | None:
+    from common.executors.simfaults import RandomMessageFaults
+    from common.rng import stream
+
+    if config.cluster.message_faults is None:
+        return None
+    delay_ms, loss, duplicate = config.cluster.message_faults
+    return RandomMessageFaults(stream(config.seed, "message faults"), delay_ms * 1e6, loss, duplicate)
 
 
 def _sample_ns(config: RunConfig, workload: Any) -> int:
@@ -159,6 +180,8 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
 
     if config.runtime.name not in ("sim", "local"):
         raise ConfigError(f"runtime={config.runtime.name} is not built yet; use runtime=sim or runtime=local")
+    if config.log.outputs and config.runtime.name == "sim":
+        raise ConfigError("log.outputs=true: runtime=sim makes no tokens; use runtime=local")
     folder = RunFolder.create(config.run.results, config.run_name)
     begin = time.perf_counter()
     workload = build(config.workload, config.seed)
@@ -194,11 +217,9 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
 
 def _outputs(config: RunConfig, executor: SimExecutor) -> str | None:
     """The generated ids of each request, a JSON line each, where there are tokens and they are asked for."""
-    if not config.log.outputs:
-        return None
-    outputs = executor.outputs()
+    outputs = executor.outputs() if config.log.outputs else None
     if outputs is None:
-        raise ConfigError(f"log.outputs=true: runtime={config.runtime.name} makes no tokens; use runtime=local")
+        return None
     return "".join(json.dumps({"request_id": key, "tokens": ids}) + "\n" for key, ids in sorted(outputs.items()))
 
 
@@ -252,6 +273,29 @@ def _present(
         if left:
             print("input: " + ", ".join(f"{value:,} {key[9:].replace('_', ' ')}" for key, value in left.items()))
         print(f"results: {path}" + (f"   figure: {figures[0]}" if figures else ""))
+
+
+def _beside(config: RunConfig, arguments: list[str], outcome: Outcome) -> None:
+    """Run the system that this one is to be seen beside (`system.against`), and print both."""
+    other = config.system_options.get("against")
+    if not other or other == config.system:
+        return
+    from common.config import compose
+    from common.console import comparison_table
+    from common.runs import load_run
+
+    mine = ("system=", "+system.", "system.", "run.name=")
+    rest = [argument for argument in arguments if not argument.startswith(mine)]
+    name = f"{config.run.name}-{other}" if config.run.name else None
+    second = execute(compose([*rest, f"system={other}", *([f"run.name={name}"] if name else [])]), quiet=True)
+    runs = [load_run(folder) for folder in (outcome.folder, second.folder)]
+    print()
+    print(comparison_table(runs))
+    if config.run.figures:
+        from common.plots import draw_comparison
+
+        paths = draw_comparison(runs, outcome.folder / f"beside-{other}")
+        print(f"beside {other}: {', '.join(str(path) for path in paths if path.suffix == '.png')}")
 
 
 def help_text() -> str:
@@ -326,7 +370,10 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             from common.config import compose
 
-            outcome = execute(compose(arguments))
+            config = compose(arguments)
+            outcome = execute(config)
+            if not outcome.manifest.get("partial"):
+                _beside(config, arguments, outcome)
             if outcome.manifest.get("partial"):
                 print(f"stopped early: partial results in {outcome.folder}", file=sys.stderr)
                 return 130 if outcome.manifest["stopped"] == "interrupted" else 1

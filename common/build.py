@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import cast
 
@@ -26,6 +27,7 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         blocks = kv_capacity_blocks(
             model, hardware, tp, engine.block_size, config.gpu_memory_utilization,
             max_num_batched_tokens=engine.max_num_batched_tokens, max_num_seqs=engine.max_num_seqs,
+            traits=config.traits,
         )  # fmt: skip
     shard = shard_kv_heads(model, tp) * tp
     cell_bytes = engine.block_size * 2 * shard * model.head_dim * model.dtype_bytes
@@ -70,13 +72,30 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         control_ns=int(config.cluster.control_ms * 1e6),
         frontend_ns=int(config.cluster.frontend_ms * 1e6),
         compact_bandwidth=hardware.mem_bandwidth * tp,
-        extra={
-            "nvlink_bytes_per_s": wide(nvlink(hardware)).bandwidth,
-            "nic_bytes_per_s": wide(nic(hardware)).bandwidth,
-            "prefill_tokens_per_s": PROFILE_TOKENS * 1e9 / cost(model.num_layers, True, True).iteration_ns(
-                [(PROFILE_TOKENS, 0)], 0, 0, 1),
-        },
-    )  # fmt: skip
+        extra=_estimates(config),
+    )
+
+
+def _estimates(config: RunConfig) -> dict[str, float]:
+    """What a policy that plans by cost may plan with: fits on a training split, profiled boundaries and the links'
+    bandwidths, as plain numbers, from a cost model of its own; never the executor's object."""
+    options, tp, hardware = config.system_options, config.cluster.tp, config.hardware
+    plans = {"lookahead", "migration"} & set(options) or options.get("mode") == "proactive"
+    if not plans or config.cost_source != "operators":
+        return {}
+    model = replace(config.model, dtype_bytes=hardware.dtype_bytes)
+    cost = InstanceCost(model, hardware, tp, engine=config.traits)
+    links = {"nvlink_bandwidth": nvlink(hardware).bandwidth * tp, "nic_bandwidth": nic(hardware).bandwidth * tp}
+    if "lookahead" in options:
+        from common.cost.estimate import extra
+
+        return {**extra(cost, config.engine.max_num_batched_tokens), **links}
+    if "migration" in options:
+        prefill_ns = cost.iteration_ns([(PROFILE_TOKENS, 0)], 0, 0, 1)
+        return {"prefill_tokens_per_s": PROFILE_TOKENS * 1e9 / prefill_ns, **links}
+    from common.cost.throughput import throughput_model
+
+    return throughput_model(cost)
 
 
 def _vidur(config: RunConfig, layers: int) -> StageCost:

@@ -87,7 +87,7 @@ def local_cluster(config: RunConfig, spec: DecoderSpec) -> ClusterModel:
     if config.cluster.tp != 1:
         raise ConfigError(f"cluster.tp={config.cluster.tp}: runtime=local runs each instance on one device; use 1")
     bytes_each = spec.dtype.itemsize
-    costs = cluster_model(replace(config, model=replace(config.model, dtype_bytes=2)))
+    costs = cluster_model(replace(config, model=replace(config.model, dtype_bytes=config.hardware.dtype_bytes)))
     sized = cluster_model(replace(config, model=replace(config.model, dtype_bytes=bytes_each)))
     cell = cell_bytes(spec, config.engine.block_size, spec.dtype)
     layer = LayerLayout(spec, spec.dtype).num_bytes
@@ -123,6 +123,7 @@ def local_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord,
     world = EngineWorld(
         cluster.instances, spec, parameter_source(config, spec), config.engine.block_size, device=str(choice.device),
         attention=attention, sampling=SamplingParams(temperature=config.runtime.temperature, seed=config.seed),
-        seed=config.seed, poison=config.runtime.check,
+        seed=config.seed, poison=config.runtime.check, graphs=config.runtime.graphs,
+        max_len=config.engine.max_model_len,
     )  # fmt: skip
     return LocalExecutor(cluster, workload, record, world=world, measured=config.runtime.clock == "measured", **options)

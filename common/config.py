@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cost.engine import EngineTraits, engine_traits
+from common.cost.profiles import with_profile
 from common.cost.specs import HardwareSpec, ModelSpec, from_hf_config, load_hardware, load_model
 from common.errors import ConfigError
 from common.metrics import Slo
@@ -45,13 +46,16 @@ class RunOptions:
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
     """Instances of `tp` GPUs, the first `num_running` of which run from the start; a node has `gpus_per_node` GPUs.
-    `lost`: (seconds, instance)."""
+    `lost`: (seconds, instance). `lost_agents`: (seconds, name, seconds until it is back). `message_faults`: (mean extra
+    delay in ms, share lost, share doubled)."""
 
     num_instances: int
     num_running: int  # from the start
     tp: int
     gpus_per_node: int
     lost: tuple[tuple[float, int], ...]
+    lost_agents: tuple[tuple[float, str, float], ...]
+    message_faults: tuple[float, float, float] | None
     control_ms: float
     frontend_ms: float
     host_memory_gb: float | None
@@ -110,7 +114,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+            composed = hydra_compose("config", overrides=with_profile(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error, overrides)) from None
     return from_composed(composed)
@@ -137,21 +141,24 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
     model = dict(tree["model"])
     runtime = RuntimeConfig.from_mapping(_without(tree["runtime"], "description"))
     hf_config = model.pop("hf_config", None) or runtime.weights
-    spec = from_hf_config(str(hf_config)) if hf_config else load_model(_without(model, "description"))
-    engine = tree["engine"]
+    if hf_config:
+        spec = from_hf_config(str(hf_config), any_dtype=runtime.weights is not None)
+    else:
+        spec = load_model(_without(model, "description"))
+    engine, hardware = tree["engine"], load_hardware(_without(tree["hardware"], "description"))
     return RunConfig(
         system=system.pop("name"),
         system_options=system,
         workload_name=_workload_name(tree["workload"], choices.get("workload")),
         workload=load_workload(tree["workload"]),
         model=spec,
-        hardware=load_hardware(_without(tree["hardware"], "description")),
+        hardware=hardware,
         cluster=_cluster(_without(tree["cluster"], "description")),
         engine=_engine(engine, spec),
         kv_blocks=_optional_int("engine.kv_blocks", engine["kv_blocks"]),
         gpu_memory_utilization=_number("engine.gpu_memory_utilization", engine["gpu_memory_utilization"]),
         cost_source=_choice("cost.source", tree["cost"]["source"], ("operators", "vidur")),
-        traits=engine_traits(tree["cost"]["traits"]),
+        traits=engine_traits(tree["cost"]["traits"], hardware),
         slo=Slo(_maybe("slo.ttft_ms", tree["slo"]["ttft_ms"]), _maybe("slo.tpot_ms", tree["slo"]["tpot_ms"])),
         runtime=runtime,
         logger=tree["logger"]["kind"],
@@ -223,7 +230,8 @@ def _cluster(tree: dict[str, Any]) -> ClusterConfig:
     control = _number("cluster.control_ms", tree["control_ms"])
     frontend = _number("cluster.frontend_ms", tree["frontend_ms"])
     host = None if tree["host_memory_gb"] is None else _number("cluster.host_memory_gb", tree["host_memory_gb"])
-    return ClusterConfig(instances, running, tp, per_node, lost, control, frontend, host)
+    agents, messages = _lost_agents(tree["lost_agents"]), _message_faults(tree["message_faults"])
+    return ClusterConfig(instances, running, tp, per_node, lost, agents, messages, control, frontend, host)
 
 
 def _lost(value: object, instances: int) -> tuple[tuple[float, int], ...]:
@@ -236,6 +244,32 @@ def _lost(value: object, instances: int) -> tuple[tuple[float, int], ...]:
             raise ConfigError(way_out)
         found.append((_number("cluster.lost (seconds)", pair[0]), pair[1]))
     return tuple(found)
+
+
+def _lost_agents(value: object) -> tuple[tuple[float, str, float], ...]:
+    way_out = f"cluster.lost_agents={value!r}: give [[seconds, agent's name, seconds until it is back], …], or []"
+    if not isinstance(value, list):
+        raise ConfigError(way_out)
+    found = []
+    for triple in value:
+        if not (isinstance(triple, list) and len(triple) == 3 and isinstance(triple[1], str) and triple[1]):
+            raise ConfigError(way_out)
+        at_s, restart_s = (_number("cluster.lost_agents (seconds)", seconds) for seconds in (triple[0], triple[2]))
+        found.append((at_s, triple[1], restart_s))
+    return tuple(found)
+
+
+def _message_faults(value: object) -> tuple[float, float, float] | None:
+    keys = ("delay_ms", "loss", "duplicate")
+    if value is None:
+        return None
+    if not isinstance(value, dict) or any(key not in keys for key in value):
+        raise ConfigError(f"cluster.message_faults={value!r}: give {{delay_ms: 0, loss: 0, duplicate: 0}}, or null")
+    return (
+        _number("cluster.message_faults.delay_ms", value.get("delay_ms", 0.0)),
+        _number("cluster.message_faults.loss", value.get("loss", 0.0), high=1.0),
+        _number("cluster.message_faults.duplicate", value.get("duplicate", 0.0), high=1.0),
+    )
 
 
 def _engine(tree: Mapping[str, Any], model: ModelSpec) -> EngineConfig:

@@ -13,6 +13,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "clock": ("measured", "modelled"),
     "attention": ("auto", "torch", "triton", "flash"),
+    "graphs": ("auto", "on", "off"),
 }
 
 
@@ -25,6 +26,7 @@ class RuntimeConfig:
     dtype: str = "auto"
     clock: str = "measured"
     attention: str = "auto"
+    graphs: str = "auto"
     weights: str | None = None
     temperature: float = 0.0
     threads: int = 1
@@ -34,6 +36,8 @@ class RuntimeConfig:
     def from_mapping(cls, tree: Mapping[str, Any]) -> RuntimeConfig:
         """Raises ConfigError on a key that this runtime does not have, or a value that it cannot use."""
         name = str(tree["name"])
+        if isinstance(tree.get("graphs"), bool):  # on and off are booleans in YAML 1.1
+            tree = {**tree, "graphs": "on" if tree["graphs"] else "off"}
         known = {"name"} if name == "sim" else {field.name for field in fields(cls)}
         for key, value in tree.items():
             if key not in known:

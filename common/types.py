@@ -170,7 +170,8 @@ class SwapSpan(NamedTuple):
 class FreeSpan(NamedTuple):
     """Free KV of a request held outside lanes on an instance, except that `retain` blocks of it become cached blocks
     named by the request's content. `cached_blocks` (a count) of the content cache are evicted instead when
-    `request_id` is None. A copy or swap whose source or destination it touches is cancelled. What a lane's placement
+    `request_id` is None: the next ones in the order of eviction, or, with `content`, exactly the blocks that hold
+    `tokens` of it. A copy or swap whose source or destination it touches is cancelled. What a lane's placement
     names cannot be freed: switch with `RunStep.place` first. Nothing on a dead instance is left to free."""
 
     instance: int

@@ -22,6 +22,35 @@ def _vllm(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]
     return VllmPolicy(cluster, engine, dispatch)
 
 
+def _kunserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.kunserve.options import Options
+    from systems.kunserve.policy import KunServePolicy
+
+    if engine.prefix_caching:
+        raise ConfigError("system=kunserve does not cache prefixes: use engine.prefix_caching=false")
+    return KunServePolicy(cluster, engine, Options.of(options))
+
+
+def _memserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.memserve.policy import MemServePolicy
+
+    return MemServePolicy(cluster, engine, options)
+
+
+def _pd(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    """DistServe-style: prefill and decode apart, nothing cached; MemServe's PD-Basic under another name."""
+    from systems.memserve.policy import MemServePolicy
+
+    return MemServePolicy(cluster, engine, {**options, "design": "pd_basic"})
+
+
+def _infinite_llm(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.infinite_llm.policy import InfiniteLlmPolicy
+    from systems.infinite_llm.settings import from_options
+
+    return InfiniteLlmPolicy(cluster, engine, from_options(options))
+
+
 def _choose(options: Mapping[str, Any], key: str, default: str, names: tuple[str, ...]) -> Any:
     value = options.get(key, default)
     if value not in names:
@@ -80,6 +109,10 @@ def _consolidating(name: str) -> Factory:
 CONSOLIDATING = ("best_fit", "worst_fit", "first_fit", "load_balance", "load_balance_drain", "ffd_repack")
 FACTORIES: dict[str, Factory] = {
     "vllm": _vllm,
+    "kunserve": _kunserve,
+    "infinite_llm": _infinite_llm,
+    "memserve": _memserve,
+    "pd": _pd,
     "mell": _mell,
     **{name: _consolidating(name) for kind in CONSOLIDATING for name in (kind, f"oracle_{kind}")},
 }

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from common.cost.operators import Mixing
 
 SHIFT = 16  # fixed point of context slopes
+TABLED = 4096  # chunks, batches and contexts below this are looked up
 
 
 class DecodeRow:
@@ -51,22 +52,28 @@ class DecodeRow:
 class MixTable:
     """The mixing ratio as nested lists: 4-D linear interpolation, clamped at the edges."""
 
-    __slots__ = ("axes", "ratio")
+    __slots__ = ("_places", "axes", "ratio")
 
     def __init__(self, mixing: Mixing) -> None:
         self.axes: list[list[float]] = [axis.tolist() for axis in mixing.axes]
+        self._places = [_places(axis) for axis in mixing.axes]
         self.ratio: list[list[list[list[float]]]] = mixing.ratio.tolist()
 
     def at(self, new: int, cached: float, decodes: int, context: int) -> float:
         """Ratio of the mixed batch's attention to the sum of its parts."""
-        xs, ys, zs, ws = self.axes
-        i, a = _place(xs, new)
-        j, b = _place(ys, cached)
-        k, c = _place(zs, decodes)
-        m, d = _place(ws, context)
+        xs, ys, zs, ws = self._places
+        i, a = xs[new] if new < TABLED else _place(self.axes[0], new)
+        j, b = ys[0] if cached == 0 else _place(self.axes[1], cached)
+        k, c = zs[decodes] if decodes < TABLED else _place(self.axes[2], decodes)
+        m, d = ws[context] if context < TABLED else _place(self.axes[3], context)
+        n = m + 1
         low, high = self.ratio[i], self.ratio[i + 1]
-        first = _bilinear(low[j], k, m, c, d)
-        second = _bilinear(high[j], k, m, c, d)
+        p, q = low[j][k], low[j][k + 1]
+        u = p[m] + d * (p[n] - p[m])
+        first = u + c * (q[m] + d * (q[n] - q[m]) - u)
+        p, q = high[j][k], high[j][k + 1]
+        u = p[m] + d * (p[n] - p[m])
+        second = u + c * (q[m] + d * (q[n] - q[m]) - u)
         if b:
             first += b * (_bilinear(low[j + 1], k, m, c, d) - first)
             second += b * (_bilinear(high[j + 1], k, m, c, d) - second)
@@ -81,6 +88,14 @@ def _place(axis: list[float], value: float) -> tuple[int, float]:
     if i >= len(axis) - 1:
         return len(axis) - 2, 1.0
     return i, (value - axis[i]) / (axis[i + 1] - axis[i])
+
+
+def _places(axis: npt.NDArray[np.float64]) -> list[tuple[int, float]]:
+    """`_place` of 0, 1, .. TABLED - 1."""
+    value = np.arange(TABLED, dtype=np.float64)
+    i = np.clip(np.searchsorted(axis, value, side="right") - 1, 0, len(axis) - 2)
+    share = np.clip((value - axis[i]) / (axis[i + 1] - axis[i]), 0.0, 1.0)
+    return list(zip(i.tolist(), share.tolist()))
 
 
 def _bilinear(plane: list[list[float]], k: int, m: int, c: float, d: float) -> float:

@@ -7,12 +7,17 @@ scheduling and KV allocation makes 36 us in all. Per iteration, 0.5 ms for input
 back and 0.3 ms for handing the batch to other ranks are judgement. They were set after the gap to the measured
 closed-loop points had been seen (about 1.4 ms + 37 us per sequence at tp 8), so those points are no independent test
 of them. With asynchronous scheduling they hide under any step longer than themselves.
+
+What an engine sets aside before it sizes its KV cache is measured: start-up logs of vLLM on H100 that the llm-d project
+publishes (Apache-2.0; docs/cost-model.md). The profiling run samples a token for every sequence it may hold. Sorting
+all logits for top-k and top-p took 38.4 bytes per logit up to 0.16; since 0.17 it is 14.9.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.cost.specs import HardwareSpec
 from common.errors import ConfigError
 
 
@@ -26,6 +31,8 @@ class EngineTraits:
     host_ns: int = 500_000
     host_per_seq_ns: int = 36_000
     host_tp_ns: int = 300_000
+    logit_bytes: float = 14.9  # of the profiling run's sampler, per logit
+    nccl_bytes: int = 1850 << 20  # beside one communicator, once tp > 1, as far as start-up counts it
 
     def padded(self, tokens: int) -> int:
         """Tokens that a captured graph really runs: 1, 2, 4, multiples of 8 to 256, of 16 beyond."""
@@ -47,13 +54,19 @@ class EngineTraits:
 
 ENGINES = {
     "vllm-async": EngineTraits(),
-    "vllm-sync": EngineTraits(async_scheduling=False),
+    "vllm-sync": EngineTraits(async_scheduling=False, logit_bytes=38.4, nccl_bytes=430 << 20),
     "device-only": EngineTraits(host_ns=0, host_per_seq_ns=0, host_tp_ns=0),
 }
 
 
-def engine_traits(name: str) -> EngineTraits:
-    """`vllm-async` (0.14 and later), `vllm-sync` (V1 before), `device-only` (no host time at all)."""
+def engine_traits(name: str, hardware: HardwareSpec | None = None) -> EngineTraits:
+    """`vllm-async` (0.14 and later), `vllm-sync` (V1 before), `device-only` (no host time at all), `profile` (our
+    engine as it was measured on this hardware: host and device one after the other, nothing padded)."""
+    if name == "profile":
+        if hardware is None or hardware.host_ns is None or hardware.host_per_seq_ns is None:
+            raise ConfigError("cost.traits=profile needs hardware with host times of its own: a measured profile "
+                              "(python -m common.cost.fit --measure)")  # fmt: skip
+        return EngineTraits(False, 0, False, hardware.host_ns, hardware.host_per_seq_ns, 0)
     if name not in ENGINES:
-        raise ConfigError(f"engine traits {name!r} are unknown; known: {', '.join(ENGINES)}")
+        raise ConfigError(f"engine traits {name!r} are unknown; known: {', '.join(ENGINES)}, profile")
     return ENGINES[name]

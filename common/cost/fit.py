@@ -1,4 +1,5 @@
-"""Fit the committed grids: `python -m common.cost.fit [--data DIR] [--out DIR]`.
+"""Fit the committed grids: `python -m common.cost.fit [--data DIR] [--out DIR]`; with --measure, those of this device
+(`common.cost.profile`).
 
 DIR holds measured tables (default $KVPLANE_DATA, else ../shared/data). Fitting is: take the median time per shape,
 lay it on the lattice of its axes, fill holes by interpolating *time / roofline* in log space, pack. Nothing else is
@@ -28,7 +29,7 @@ from common.errors import ConfigError, KVPlaneError
 HEAD_DIM = 128
 DENSE = 0.5  # share of a lattice's shapes that must be measured for it to be completed
 MAX_MESSAGE = 1 << 28  # bytes of an all-reduce
-SEND_BINS = 4  # bins of send/recv sizes per doubling
+SIZE_BINS = 4  # bins of message sizes per doubling
 MAX_TOKENS = 16384  # rows of a linear layer worth keeping
 LONGEST_NS = 2.3e8  # what a grid can store
 
@@ -120,24 +121,28 @@ def fit_attention(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[
     """In-engine attention: chunks alone, decodes alone, and both in one batch, per head configuration."""
     if not tables:
         return {}
-    heads, chunks, decodes, mixed = [], [], [], []
+    heads, sizes, chunks, decodes, mixed = [], [], [], [], []
     c, kp, n, kd = (
         np.unique(np.concatenate([t.column(name)[t.column(name) >= low] for t in tables])).astype(np.float64)
         for name, low in (("chunk", 1), ("kv_prefill", 0), ("decodes", 1), ("kv_decode", 1))
     )
     for t in tables:
         h, kv = _rank_heads(t)
+        size = t.get("model").head_dim
         heads.append((h, kv))
+        sizes.append(size)
         alone_c, alone_d = t.column("decodes") == 0, t.column("chunk") == 0
         pairs = c[:, None] * kp[None, :] + c[:, None] * (c[:, None] + 1) / 2
-        ideal_c = roof.prefill_work(c[:, None], pairs, h, kv, HEAD_DIM)
-        ideal_d = roof.decode(n[:, None], kd[None, :], h, kv, HEAD_DIM)
+        ideal_c = roof.prefill_work(c[:, None], pairs, h, kv, size)
+        ideal_d = roof.decode(n[:, None], kd[None, :], h, kv, size)
         chunks.append(fill_times(lattice(_columns(t.take(alone_c), 0, 1), [c, kp]), ideal_c, [c, kp]))
         decodes.append(fill_times(lattice(_columns(t.take(alone_d), 2, 3), [n, kd]), ideal_d, [n, kd], len(kd) < 12))
-        both = lattice(t.take(~alone_c & ~alone_d), [c, kp, n, kd])
-        total = chunks[-1][:, :, None, None] + decodes[-1][None, None, :, :]
-        mixed.append(np.minimum(fill_times(both, total, [c, kp, n, kd]), LONGEST_NS))
-    return {
+        both = t.take(~alone_c & ~alone_d)
+        if len(both.time_ns):  # else the parts simply add
+            total = chunks[-1][:, :, None, None] + decodes[-1][None, None, :, :]
+            times = fill_times(lattice(both, [c, kp, n, kd]), total, [c, kp, n, kd])
+            mixed.append(np.minimum(times, LONGEST_NS))
+    arrays: dict[str, npt.NDArray[Any]] = {
         "mix_heads": np.array(heads, dtype=np.int32),
         "mix_chunk": c.astype(np.int32),
         "mix_cached": kp.astype(np.int32),
@@ -145,7 +150,42 @@ def fit_attention(tables: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[
         "mix_context": kd.astype(np.int32),
         "mix_pre": pack(np.array(chunks)),
         "mix_dec": pack(np.array(decodes)),
-        "mix": pack(np.array(mixed)),
+    }
+    if mixed:
+        arrays["mix"] = pack(np.array(mixed))
+    if set(sizes) != {HEAD_DIM}:
+        arrays["mix_size"] = np.array(sizes, dtype=np.int32)
+    return arrays
+
+
+def fit_chunks(chunks: Sequence[Table], decodes: Sequence[Table], roof: Roof) -> dict[str, npt.NDArray[Any]]:
+    """Kernels measured one batch of a kind at a time: single chunks over (tokens, cached context), decodes over
+    (batch, context); nothing about batches of both."""
+    table, alone = concat(chunks), concat(decodes)
+    if table is None or alone is None:
+        return {}
+    heads = _heads(table)
+    if not np.array_equal(heads, _heads(alone)):
+        raise ConfigError("chunks and decodes were measured for different heads")
+    table = table.take(table.column("batch") == 1)
+    c, p, n, d = axis_of(table, "chunk"), axis_of(table, "kv_prefill"), axis_of(alone, "batch"), axis_of(alone, "kv")
+    pre, dec = [], []
+    for h, kv in heads.tolist():
+        mine, others = (t.take((t.column("heads") == h) & (t.column("kv_heads") == kv)) for t in (table, alone))
+        pairs = c[:, None] * p[None, :] + c[:, None] * (c[:, None] + 1) / 2
+        ideal = roof.prefill_work(c[:, None], pairs, h, kv, HEAD_DIM)
+        pre.append(np.minimum(fill_times(lattice(_columns(mine, 1, 2), [c, p]), ideal, [c, p]), LONGEST_NS))
+        dec.append(
+            fill_times(lattice(_columns(others, 0, 1), [n, d]), roof.decode(n[:, None], d, h, kv, HEAD_DIM), [n, d])
+        )
+    return {
+        "mix_heads": heads.astype(np.int32),
+        "mix_chunk": c.astype(np.int32),
+        "mix_cached": p.astype(np.int32),
+        "mix_batch": n.astype(np.int32),
+        "mix_context": d.astype(np.int32),
+        "mix_pre": pack(np.array(pre)),
+        "mix_dec": pack(np.array(dec)),
     }
 
 
@@ -195,10 +235,10 @@ def _card_folder(source: str) -> str:
 
 
 def fit_all_reduce(tables: Sequence[Table]) -> dict[str, npt.NDArray[Any]]:
-    """GPUs x bytes: the fastest kernel measured at each size."""
+    """GPUs x bytes: the fastest kernel measured at each size, or the median of a bin of sizes."""
     if not tables:
         return {}
-    merged = merge_all_reduce(tables)[0]
+    merged = thinned(merge_all_reduce(tables)[0])
     merged = merged.take(merged.column("bytes") <= MAX_MESSAGE)
     axes = [axis_of(merged, "gpus"), axis_of(merged, "bytes")]
     times = np.exp(fill(np.log(lattice(merged, axes)), axes))
@@ -209,13 +249,28 @@ def fit_all_reduce(tables: Sequence[Table]) -> dict[str, npt.NDArray[Any]]:
     }
 
 
+def thinned(table: Table) -> Table:
+    """A collective measured at more sizes than bins, each with its noise: the median of each bin of sizes."""
+    size = np.unique(table.column("bytes")).astype(np.float64)
+    of_size = np.round(np.log2(size) * SIZE_BINS)
+    bins = np.unique(of_size)
+    if len(bins) == len(size):
+        return table
+    knots = np.array([np.exp(np.log(size[of_size == b]).mean()) for b in bins]).astype(np.int64)
+    which = knots[np.searchsorted(bins, np.round(np.log2(table.column("bytes").astype(np.float64)) * SIZE_BINS))]
+    keys, index = np.unique(np.stack([table.column("gpus"), which], axis=1), axis=0, return_inverse=True)
+    index = index.reshape(-1)
+    times = np.array([np.median(table.time_ns[index == i]) for i in range(len(keys))])
+    return Table(table.family, ("gpus", "bytes"), keys, times, table.context)
+
+
 def fit_send_recv(tables: Sequence[Table]) -> dict[str, npt.NDArray[Any]]:
-    """Point-to-point within a node: median time in bins of bytes, eight to a doubling at most."""
+    """Point-to-point within a node: median time in bins of bytes."""
     if not tables:
         return {}
     inside = tables[0]
     size = inside.column("bytes").astype(np.float64)
-    bins = np.round(np.log2(size) * SEND_BINS)
+    bins = np.round(np.log2(size) * SIZE_BINS)
     knots = [float(np.exp(np.log(size[bins == b]).mean())) for b in np.unique(bins)]
     times = [float(np.median(inside.time_ns[bins == b])) for b in np.unique(bins)]
     return {"sr_bytes": np.array(knots).astype(np.int64), "sr": pack(np.array(times))}
@@ -237,22 +292,23 @@ def skew_rule(files: Sequence[Path]) -> dict[str, float] | None:
 
 def fit_tables(source: Source, tables: Sequence[Table], skew: dict[str, float] | None = None) -> Grid:
     """One card's grid from its measured tables."""
-    roof = Roof.of(source.peak_flops, source.mem_bandwidth)
+    roof = Roof.of(source.peak_flops, source.mem_bandwidth, source.dtype_bytes)
 
     def of(family: str) -> list[Table]:
         return [t for t in tables if t.family == family and len(t.time_ns)]
 
+    chunks, decodes = of("chunk_attention"), of("decode_attention")
     arrays = {
         **fit_linear(of("linear"), roof),
         **fit_prefill(of("prefill_attention"), roof),
-        **fit_decode(of("decode_attention"), roof),
+        **(fit_chunks(chunks, decodes, roof) if chunks else fit_decode(decodes, roof)),
         **fit_attention(of("attention"), roof),
         **fit_rows(of("elementwise"), "tokens", "elem"),
         **fit_rows(of("sampler"), "rows", "samp"),
         **fit_all_reduce(of("all_reduce")),
         **fit_send_recv(of("send_recv")),
     }
-    meta = {
+    meta: dict[str, Any] = {
         "name": source.name,
         "peak_flops": source.peak_flops,
         "mem_bandwidth": source.mem_bandwidth,
@@ -262,6 +318,10 @@ def fit_tables(source: Source, tables: Sequence[Table], skew: dict[str, float] |
         "source": source.licence,
         "skew": skew,
     }
+    if source.dense:
+        meta["dense"] = True
+    if source.dtype_bytes != 2:
+        meta["dtype_bytes"] = source.dtype_bytes
     return Grid(meta, arrays)
 
 
@@ -290,13 +350,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Fit and write every grid."""
     parser = argparse.ArgumentParser(prog="python -m common.cost.fit", description=__doc__)
     parser.add_argument("--data", help="folder of measured tables")
-    parser.add_argument("--out", default=str(FOLDER), help="where the grids go")
-    args = parser.parse_args(argv)
+    parser.add_argument("--out", help="where the grids go (with --measure: the profile; $KVPLANE_PROFILES)")
+    parser.add_argument("--measure", action="store_true", help="profile this device; further options: bench.profile's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --measure")
+    parser.add_argument("--name", help="of --measure: the profile's name")
+    args, more = parser.parse_known_args(argv)
+    if more and not args.measure:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     try:
+        if args.measure:
+            from common.cost.profile import measure
+            from common.cost.profiles import profile_folder
+
+            name = args.name or f"measured-{args.device}"
+            measure(args.device, name, Path(args.out) if args.out else profile_folder(), more)
+            return 0
         data = data_folder(args.data)
         for source in SOURCES:
             tables, skew = read_source(source, data)
-            path = Path(args.out) / f"{source.name}.npz"
+            path = Path(args.out or FOLDER) / f"{source.name}.npz"
             fit_tables(source, tables, skew).save(path)
             print(f"{path.name}: {sum(len(t.time_ns) for t in tables):,} points, {path.stat().st_size:,} bytes")
     except KVPlaneError as error:

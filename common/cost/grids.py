@@ -8,12 +8,14 @@ bytes apart, which compresses best. Sources and licences: `grids/README.md`.
 from __future__ import annotations
 
 import json
+import zipfile  # noqa: F401  (`np.load` and `np.unique` import these two at their first call: not while a run is timed)
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.ma
 import numpy.typing as npt
 
 from common.errors import ConfigError
@@ -78,8 +80,8 @@ def _decode(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 @cache
 def load_grid(name: str) -> Grid:
-    """A committed grid by name."""
-    path = FOLDER / f"{name}.npz"
+    """A committed grid by name, or a measured profile's by path."""
+    path = Path(name) if name.endswith(".npz") else FOLDER / f"{name}.npz"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.npz")))
         raise ConfigError(f"hardware grid {name!r} does not exist; known: {known}")

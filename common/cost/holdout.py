@@ -29,6 +29,7 @@ from common.errors import KVPlaneError
 
 CARDS = {
     "a100_sxm": "a100-80g",
+    "a100_2024": "a100-80g-2024",
     "h100_sxm": "h100-80g",
     "l40s": "l40s",
     "rtx4090": "rtx4090",
@@ -54,15 +55,16 @@ def newest(tables: Sequence[Table]) -> list[Table]:
     last: dict[tuple[object, ...], Table] = {}
     for t in merge_all_reduce(tables):
         model = t.get("model")
-        last[t.family, t.get("layer"), t.get("tp"), model.name if model else None, t.get("kernel")] = t
+        of = model.name if model else t.get("profile")
+        last[t.family, t.get("layer"), t.get("tp"), of, t.get("kernel")] = t
     return list(last.values())
 
 
 def split_points(tables: Sequence[Table]) -> tuple[list[Table], list[Table]]:
-    """Train and test tables, split by shape within each table; in-engine linear layers are left to `leave_out`."""
+    """Train and test tables, split by shape within each table; linear layers of models are left to `leave_out`."""
     train, test = [], []
     for t in tables:
-        if t.family == "linear" and t.get("model") is not None:
+        if t.family == "linear" and t.get("layer") is not None:
             train.append(t)
             continue
         mask = held_out(t, SHAPE.get(t.family, t.columns))
@@ -75,9 +77,10 @@ def split_points(tables: Sequence[Table]) -> tuple[list[Table], list[Table]]:
 
 def split_heads(tables: Sequence[Table]) -> tuple[list[Table], list[Table]]:
     """Hold out whole head configurations of kernel attention tables."""
-    train, test = [], []
+    train: list[Table] = []
+    test: list[Table] = []
     for t in tables:
-        if "heads" not in t.columns:
+        if "heads" not in t.columns or len(np.unique(t.column("heads"))) == 1:
             train.append(t)
             continue
         mask = held_out(t, ("heads", "kv_heads"), seed=1)
@@ -93,8 +96,8 @@ def refit(source: Source, train: Sequence[Table], test: Sequence[Table]) -> list
 
 
 def leave_one_layer_out(source: Source, tables: Sequence[Table]) -> list[Comparison]:
-    """In-engine linear layers: every (n, k) predicted from the others of its card."""
-    linear = [t for t in tables if t.family == "linear" and t.get("model") is not None]
+    """Linear layers of models: every (n, k) predicted from the others of its card."""
+    linear = [t for t in tables if t.family == "linear" and t.get("layer") is not None]
     rest = [t for t in tables if t.family != "linear"]
     out: list[Comparison] = []
     for shape in sorted({tuple(t.keys[0, 1:].tolist()) for t in linear}):

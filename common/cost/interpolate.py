@@ -72,6 +72,13 @@ def _cell(shapes: Array, n: float, k: float) -> tuple[Rows, Array] | None:
     return np.array([row for row, _ in used], dtype=np.intp), np.array([weight for _, weight in used])
 
 
+def never_less(times: Array, *axes: int) -> Array:
+    """Of what grows along these axes the smaller never takes longer: a single slow measurement gives way."""
+    for axis in axes:
+        times = np.flip(np.minimum.accumulate(np.flip(times, axis), axis=axis), axis)
+    return times
+
+
 def nearest_heads(table: Array, heads: int, kv_heads: int) -> tuple[int, tuple[int, int]]:
     """The measured head configuration closest in group size, then in head count."""
     group = np.abs(np.log((table[:, 0] / table[:, 1]) / (heads / kv_heads)))

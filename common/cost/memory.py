@@ -1,20 +1,20 @@
 """What fits: parameters, activation reserve, and the blocks of KV in the rest, in bytes of one GPU.
 
-The activation reserve is a rule, not a constant, and follows what vLLM's profiling run measures: the widest
-temporary of one layer for a full token budget (gate+up and its product, or qkv with its output), hidden states and
-residual, the logits of one row per sequence in fp32 twice (logits and the sampler's copy), and the runtime's own
-pools (CUDA context, workspaces, captured graphs).
+The activation reserve is a rule, not a constant, and follows what vLLM's profiling run measures, whichever is more: the
+widest temporary of one layer for a full token budget (gate+up and its product, or qkv with its output) with hidden
+states and residual; or the sampler over one row of logits per sequence, beside the hidden states. On top come the
+runtime's own pools (CUDA context, workspaces) and, with several GPUs, the communicator's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.cost.engine import EngineTraits
 from common.cost.specs import HardwareSpec, ModelSpec
 from common.errors import CapacityError, ConfigError
 
 RUNTIME_BYTES = 600 << 20  # CUDA context, cuBLAS workspaces, captured graphs
-NCCL_BYTES = 350 << 20  # buffers of one communicator, once tp > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +63,21 @@ def stage_param_bytes(
 
 
 def activation_reserve_bytes(
-    model: ModelSpec, tp: int, max_num_batched_tokens: int = 2048, max_num_seqs: int = 256
+    model: ModelSpec,
+    tp: int,
+    max_num_batched_tokens: int = 2048,
+    max_num_seqs: int = 256,
+    traits: EngineTraits | None = None,
 ) -> int:
     """Bytes of one GPU that neither parameters nor KV may use (the rule in the module docstring)."""
+    traits = traits or EngineTraits()
     mlp = 3 * model.intermediate_size // tp
     attention = (2 * model.q_size + 2 * model.kv_size) // tp
     width = 3 * model.hidden_size + max(mlp, attention)
-    logits = 2 * 4 * max_num_seqs * model.vocab_size
-    fixed = RUNTIME_BYTES + (NCCL_BYTES if tp > 1 else 0)
-    return max_num_batched_tokens * width * model.dtype_bytes + logits + fixed
+    layer = max_num_batched_tokens * width * model.dtype_bytes
+    hidden = max_num_batched_tokens * model.hidden_size * model.dtype_bytes
+    sampler = hidden + int(traits.logit_bytes * max_num_seqs * model.vocab_size)
+    return max(layer, sampler) + RUNTIME_BYTES + (traits.nccl_bytes if tp > 1 else 0)
 
 
 def block_bytes(model: ModelSpec, tp: int, block_size: int, num_layers: int | None = None) -> int:
@@ -92,13 +98,14 @@ def plan_memory(
     last: bool = True,
     max_num_batched_tokens: int = 2048,
     max_num_seqs: int = 256,
+    traits: EngineTraits | None = None,
 ) -> MemoryPlan:
     """Divide one GPU's memory. May leave no KV at all: `kv_capacity_blocks` is the one that raises."""
     check_tp(model, tp)
     if not 0.0 < gpu_memory_utilization <= 1.0:
         raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {gpu_memory_utilization}")
     if activation_reserve is None:
-        activation_reserve = activation_reserve_bytes(model, tp, max_num_batched_tokens, max_num_seqs)
+        activation_reserve = activation_reserve_bytes(model, tp, max_num_batched_tokens, max_num_seqs, traits)
     return MemoryPlan(
         int(hardware.memory_bytes * gpu_memory_utilization),
         stage_param_bytes(model, tp, num_layers, first, last),
@@ -119,6 +126,7 @@ def kv_capacity_blocks(
     last: bool = True,
     max_num_batched_tokens: int = 2048,
     max_num_seqs: int = 256,
+    traits: EngineTraits | None = None,
 ) -> int:
     """Blocks of KV that one instance (or stage) holds; CapacityError when not even one fits."""
     plan = plan_memory(
@@ -133,6 +141,7 @@ def kv_capacity_blocks(
         last,
         max_num_batched_tokens,
         max_num_seqs,
+        traits,
     )
     if plan.num_blocks < 1:
         need = plan.param_bytes + plan.reserve_bytes + plan.block_bytes

@@ -36,8 +36,11 @@ class InstanceCost:
         operators: Operators | None = None,
     ) -> None:
         check_tp(model, tp)
-        if model.dtype_bytes != 2:
-            raise ConfigError(f"model {model.name}: operators are measured in bf16 and fp16 only (model.dtype_bytes=2)")
+        if model.dtype_bytes != hardware.dtype_bytes:
+            raise ConfigError(
+                f"model {model.name}: the operators of {hardware.name} are measured with elements of "
+                f"{hardware.dtype_bytes} bytes, not {model.dtype_bytes}; use model.dtype_bytes={hardware.dtype_bytes}"
+            )
         self.model, self.hardware, self.tp = model, hardware, tp
         self.num_layers = model.num_layers if num_layers is None else num_layers
         self.first, self.last = first, last

@@ -4,7 +4,8 @@ Rules, the same for every card:
 - *linear*: time / roofline interpolated in (log n, log k) between measured shapes at each measured token count, then
   time linear in tokens;
 - *attention*: a chunk alone over (tokens, cached context), decodes alone over (batch, context), and a batch of both
-  is their sum times a measured mixing ratio (flash-attention 2 runs decodes badly beside a chunk; 3 does not);
+  is their sum times a measured mixing ratio (flash-attention 2 runs decodes badly beside a chunk; 3 does not, nor
+  does an engine that launches the two one after the other);
 - *derived cards*: what exceeds the launch floor scales with the rooflines of both cards, so memory time scales with
   bandwidth and compute time with FLOP/s;
 - what a card was not measured for comes from a named sibling by the same scaling (`SIBLING`).
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.cost.grids import Array, Grid, load_grid
-from common.cost.interpolate import Lattice, far, head_weights, longer_chunks, nearest_heads, shape_weights
+from common.cost.interpolate import Lattice, far, head_weights, longer_chunks, nearest_heads, never_less, shape_weights
 from common.cost.roofline import LAUNCH_NS, Roof
 from common.cost.specs import HardwareSpec
 
@@ -41,13 +42,13 @@ class Operators:
     def __init__(self, hardware: HardwareSpec, grid: Grid | None = None) -> None:
         self.hardware = hardware
         self.grid = grid or load_grid(hardware.grid)
-        self.roof = Roof.of(hardware.peak_flops, hardware.mem_bandwidth)
+        self.roof = Roof.of(hardware.peak_flops, hardware.mem_bandwidth, hardware.dtype_bytes)
 
     def _grid(self, table: str) -> Grid:
         return self.grid if self.grid.has(table) else load_grid(SIBLING[table])
 
     def _source_roof(self, grid: Grid) -> Roof:
-        return Roof.of(grid.meta["peak_flops"], grid.meta["mem_bandwidth"])
+        return Roof.of(grid.meta["peak_flops"], grid.meta["mem_bandwidth"], grid.meta.get("dtype_bytes", 2))
 
     # -- linear layers
 
@@ -112,7 +113,8 @@ class Operators:
             return np.zeros_like(num_bytes)
         grid = self._grid("ar")
         counts, size = grid.knots("ar_gpus"), grid.knots("ar_bytes")
-        logs = np.log(grid.times("ar"))
+        measured = grid.times("ar")
+        logs = np.log(measured if grid.meta.get("dense") else never_less(measured, 1))
         row = np.array([np.interp(math.log(gpus), np.log(counts), logs[:, i]) for i in range(len(size))])
         times = np.exp(row)
         inside = np.interp(num_bytes, size, times)
@@ -137,19 +139,20 @@ class Operators:
         heads: int,
         kv_heads: int,
         target: Array,
-        work_of: Callable[[int, int], Array],
+        work_of: Callable[[int, int, int], Array],
         first: bool = False,
     ) -> Array:
         """A table of times at (heads, kv_heads): the measured configurations around it, each scaled to its work, as
         their weighted geometric mean. `first`: only the first batch size."""
-        configurations = self.grid.arrays[table.split("_")[0] + "_heads"]
+        prefix = table.split("_")[0]
+        configurations, sizes = self.grid.arrays[f"{prefix}_heads"], head_sizes(self.grid, prefix)
         rows, weights = head_weights(configurations, heads, kv_heads)
         times = self.grid.times(table)
         scaled = []
         for row in rows:
             one = times[row][0] if first else times[row]
             h, kv = configurations[row].tolist()
-            scaled.append(self._rescale(one, work_of(h, kv), target, float(one.min())))
+            scaled.append(self._rescale(one, work_of(h, kv, sizes[row]), target, float(one.min())))
         if len(scaled) == 1:
             return scaled[0]
         mean: Array = np.exp(weights @ np.log(scaled).reshape(len(scaled), -1)).reshape(scaled[0].shape)
@@ -157,7 +160,7 @@ class Operators:
 
     def prefill(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         """A chunk of x tokens behind y cached ones, alone in its batch."""
-        in_engine = self.grid.has("mix")
+        in_engine = self.grid.has("mix_pre")
         lattice = (
             self._engine_prefill(heads, kv_heads, head_dim)
             if in_engine
@@ -170,12 +173,13 @@ class Operators:
     def _engine_prefill(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         grid, source = self.grid, self._source_roof(self.grid)
         row, (h, _) = nearest_heads(grid.arrays["mix_heads"], heads, kv_heads)
+        size = head_sizes(grid, "mix")[row]
         x, y = grid.knots("mix_chunk"), grid.knots("mix_cached")
         times = grid.times("mix_pre")[row]
         pairs = pairs_of(x[:, None], y[None, :])
         scaled = self._rescale(
             times,
-            _query_work(source, grid, x[:, None], pairs, h, 128),
+            _query_work(source, grid, x[:, None], pairs, h, size),
             _query_work(self.roof, grid, x[:, None], pairs, heads, head_dim),
             float(times.min()),
         )
@@ -188,11 +192,11 @@ class Operators:
         own = x * (x + 1) / 2
         target = _query_work(self.roof, grid, x, own, heads, head_dim)
         alone = self._from_heads(
-            "pre", heads, kv_heads, target, lambda h, _: _query_work(source, grid, x, own, h, 128), first=True
+            "pre", heads, kv_heads, target, lambda h, _, size: _query_work(source, grid, x, own, h, size), first=True
         )
         rate = alone[-1] / own[-1]  # ns per query-key pair when the card is full
         rows = x
-        if grid.meta["kernel"] == "fa2":  # without split KV, few query tiles leave multiprocessors idle
+        if grid.meta["kernel"].startswith("fa2"):  # without split KV, few query tiles leave multiprocessors idle
             rows = np.maximum(x, QUERY_TILE * grid.meta["num_sm"] / heads)
         y = np.array([0.0, 16384.0])
         cached = rate * rows[:, None] * y[None, :]
@@ -209,29 +213,31 @@ class Operators:
         pairs = tokens * (y[None, :] + 1) / 2
         target = _query_work(self.roof, grid, tokens, pairs, heads, head_dim)
         scaled = self._from_heads(
-            "pre", heads, kv_heads, target, lambda h, _: _query_work(source, grid, tokens, pairs, h, 128)
+            "pre", heads, kv_heads, target, lambda h, _, size: _query_work(source, grid, tokens, pairs, h, size)
         )
         roof = self.roof.prefill(tokens, pairs, heads, kv_heads, head_dim)
-        return Lattice(x, y, np.maximum(scaled, roof))
+        return Lattice(x, y, np.maximum(never_less(scaled, 0), roof))  # in length kernels do change
 
     def decode(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         """x decodes of y tokens of context each, alone in their batch."""
         grid, source = self.grid, self._source_roof(self.grid)
-        prefix = "mix" if grid.has("mix") else "dec"
+        prefix = "mix" if grid.has("mix_dec") else "dec"
         x, y = grid.knots(f"{prefix}_batch"), grid.knots(f"{prefix}_context")
         target = self.roof.decode(x[:, None], y[None, :], heads, kv_heads, head_dim)
         table = "mix_dec" if prefix == "mix" else "dec"
         scaled = self._from_heads(
-            table, heads, kv_heads, target, lambda h, kv: source.decode(x[:, None], y[None, :], h, kv, 128)
+            table, heads, kv_heads, target, lambda h, kv, size: source.decode(x[:, None], y[None, :], h, kv, size)
         )
-        scaled = np.maximum(scaled, target)
+        growing = (1,) if grid.meta.get("dense") else (0, 1)  # 2024's kernel splits KV by the batch it sees
+        scaled = np.maximum(never_less(scaled, *growing), target)
         x = np.append(x, 4 * x[-1])
         whole = far(Lattice(x, y, np.vstack([scaled, 4 * scaled[-1:]])))
         roof = self.roof.decode(x[:, None], whole.y[None, :], heads, kv_heads, head_dim)  # also where it is continued
         return Lattice(x, whole.y, np.maximum(whole.time_ns, roof))
 
     def mixing(self, heads: int, kv_heads: int, head_dim: int = 128) -> Mixing | None:
-        """How chunk and decodes disturb each other in one kernel; None where the kernel (3rd generation) adds them.
+        """How chunk and decodes disturb each other in one kernel; None where the kernel (3rd generation) adds them
+        or where they are kernels of their own.
 
         What decodes add to a chunk is measured per query head: beside a chunk each of them reads its KV by itself,
         whatever the group size, so it scales with heads and with bandwidth, not with KV heads.
@@ -257,7 +263,13 @@ class Operators:
 
 def attention_floor(grid: Grid) -> float:
     """The shortest decode attention of a card, ns."""
-    return float(grid.times("mix_dec" if grid.has("mix") else "dec").min())
+    return float(grid.times("mix_dec" if grid.has("mix_dec") else "dec").min())
+
+
+def head_sizes(grid: Grid, prefix: str) -> list[int]:
+    """Head size of each measured head configuration; 128 where a grid does not say."""
+    sizes = grid.arrays.get(f"{prefix}_size")
+    return [128] * len(grid.arrays[f"{prefix}_heads"]) if sizes is None else sizes.tolist()
 
 
 def _above(time_ns: Array, floor: float, ratio: Array | float) -> Array:
@@ -270,7 +282,7 @@ def _query_work(roof: Roof, grid: Grid, tokens: Array, pairs: Array, heads: int,
     """What prefill time follows from one head count to another: work per query head, but no less than one tile of
     queries on every multiprocessor (flash-attention 2 does not split KV beside queries)."""
     busy: Array | float = heads
-    if grid.meta["kernel"] == "fa2":
+    if grid.meta["kernel"].startswith("fa2"):
         busy = np.maximum(heads, QUERY_TILE * grid.meta["num_sm"] / tokens)
     work: Array = roof.prefill_work(tokens, pairs, busy, busy, head_dim)
     return work

@@ -21,11 +21,12 @@ class Roof:
 
     flops_per_ns: float
     bytes_per_ns: float
+    dtype_bytes: int = DTYPE_BYTES  # of weights, KV and activations
 
     @classmethod
-    def of(cls, peak_flops: float, mem_bandwidth: float) -> Roof:
+    def of(cls, peak_flops: float, mem_bandwidth: float, dtype_bytes: int = DTYPE_BYTES) -> Roof:
         """From FLOP/s and bytes/s."""
-        return cls(peak_flops / 1e9, mem_bandwidth / 1e9)
+        return cls(peak_flops / 1e9, mem_bandwidth / 1e9, dtype_bytes)
 
     def time(self, flops: Any, num_bytes: Any) -> Any:
         """The larger of both times, ns."""
@@ -33,19 +34,19 @@ class Roof:
 
     def linear(self, m: Any, n: Any, k: Any) -> Any:
         """(m, k) x (k, n)."""
-        return self.time(2.0 * m * n * k, float(DTYPE_BYTES) * n * k)
+        return self.time(2.0 * m * n * k, float(self.dtype_bytes) * n * k)
 
     def prefill(self, tokens: Any, pairs: Any, heads: Any, kv_heads: Any, head_dim: int) -> Any:
         """`tokens` new queries over `pairs` query-key pairs; the mean context of a query bounds the KV read."""
-        kv_bytes = 2.0 * DTYPE_BYTES * kv_heads * head_dim * pairs / np.maximum(tokens, 1)
+        kv_bytes = 2.0 * self.dtype_bytes * kv_heads * head_dim * pairs / np.maximum(tokens, 1)
         return self.time(4.0 * heads * head_dim * pairs, kv_bytes)
 
     def prefill_work(self, tokens: Any, pairs: Any, heads: Any, kv_heads: Any, head_dim: int) -> Any:
         """What prefill time follows when nothing hides: the roofline plus queries, keys, values and outputs once."""
-        moved = 2.0 * DTYPE_BYTES * (heads + kv_heads) * head_dim * tokens
+        moved = 2.0 * self.dtype_bytes * (heads + kv_heads) * head_dim * tokens
         return self.prefill(tokens, pairs, heads, kv_heads, head_dim) + moved / self.bytes_per_ns
 
     def decode(self, batch: Any, context: Any, heads: Any, kv_heads: Any, head_dim: int) -> Any:
         """`batch` single queries, each over `context` tokens of its own KV."""
         tokens = 1.0 * batch * context
-        return self.time(4.0 * heads * head_dim * tokens, 2.0 * DTYPE_BYTES * kv_heads * head_dim * tokens)
+        return self.time(4.0 * heads * head_dim * tokens, 2.0 * self.dtype_bytes * kv_heads * head_dim * tokens)

@@ -147,6 +147,9 @@ class HardwareSpec:
     derived_from: str | None = None  # the sibling whose grid is scaled, when this card has no tables of its own
     provenance: str = ""
     startup_ns: int = 20_000_000_000  # process, CUDA context, graph capture; parameters are loaded on top
+    dtype_bytes: int = 2  # of the elements that the grid's operators were measured with
+    host_ns: int | None = None  # host time of an iteration, where an engine was measured (cost.traits=profile) ...
+    host_per_seq_ns: int | None = None  # ... and of each request in it
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -190,8 +193,9 @@ def load_hardware(mapping: Mapping[str, Any]) -> HardwareSpec:
     return _build(HardwareSpec, "hardware", mapping)
 
 
-def from_hf_config(path: str) -> ModelSpec:
-    """A model from a Hugging Face `config.json` (or the folder that holds one)."""
+def from_hf_config(path: str, any_dtype: bool = False) -> ModelSpec:
+    """A model from a Hugging Face `config.json` (or the folder that holds one). `any_dtype`: the type it is stored in
+    does not matter, as the engine chooses its own."""
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     try:
@@ -205,10 +209,10 @@ def from_hf_config(path: str) -> ModelSpec:
         raise ConfigError(
             f"{file}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
-    return _spec_of(config, ARCHITECTURES[architecture], file)
+    return _spec_of(config, ARCHITECTURES[architecture], file, any_dtype)
 
 
-def _spec_of(config: Mapping[str, Any], family: str, file: Path) -> ModelSpec:
+def _spec_of(config: Mapping[str, Any], family: str, file: Path, any_dtype: bool) -> ModelSpec:
     if config.get("quantization_config"):
         raise ConfigError(f"{file}: quantised weights (quantization_config) have no measured operators; use bf16")
     try:
@@ -216,7 +220,7 @@ def _spec_of(config: Mapping[str, Any], family: str, file: Path) -> ModelSpec:
         hidden = int(config["hidden_size"])
         name = str(config.get("_name_or_path") or file.resolve().parent.name)
         dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
-        if DTYPE_BYTES.get(dtype) != 2:
+        if DTYPE_BYTES.get(dtype) != 2 and not any_dtype:
             raise ConfigError(f"{file}: dtype {dtype} has no measured operators; supported: bfloat16, float16")
         return ModelSpec(
             name=name,

@@ -1,4 +1,8 @@
-"""Vidur's profiles: `mlp.csv`, `attention*.csv`, `all_reduce.csv` and `send_recv.csv`, times in ms."""
+"""Vidur's profiles: `mlp.csv`, `attention*.csv`, `all_reduce.csv` and `send_recv.csv`, times in ms.
+
+Its layer times one norm and one residual add by themselves; ours is a norm with the residual add before it, so their
+times are summed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,11 @@ def _vidur_mlp(path: Path) -> Iterator[Table]:
     frame = read_frame(path)
     first = frame.iloc[0]
     heads, kv, hidden, mlp = (int(first[c]) for c in ("n_head", "n_kv_head", "n_embd", "n_expanded_embd"))
-    head = hidden // heads
+    head, profile = hidden // heads, path.parent.name
+    norms = ("input_layernorm", "post_attention_layernorm", "add")
+    if all(f"time_stats.{name}.median" in frame for name in norms):
+        first_norm, second_norm, add = (frame[f"time_stats.{name}.median"] for name in norms)
+        frame = frame.assign(norm=(first_norm + second_norm) / 2 + add)
     for tp, group in frame.groupby("num_tensor_parallel_workers", sort=True):
         t = int(str(tp))
         qkv = (heads + 2 * max(kv, t)) * head // t
@@ -45,6 +53,28 @@ def _vidur_mlp(path: Path) -> Iterator[Table]:
                     path,
                     layer=name,
                     tp=t,
+                    profile=profile,
+                )
+        widths = {
+            "layernorm": ("norm", hidden),
+            "final_layernorm": ("norm", hidden),
+            "embedding": ("time_stats.emb.median", hidden),
+            "act_fn": ("time_stats.mlp_act.median", mlp // t),
+            "rotary_emb": ("time_stats.attn_rope.median", heads * head // t + max(1, kv // t) * head),
+        }
+        for name, (column, width) in widths.items():
+            if column in group:
+                yield make_table(
+                    "elementwise",
+                    group,
+                    {"tokens": "num_tokens"},
+                    column,
+                    1e6,
+                    path,
+                    layer=name,
+                    width=width,
+                    tp=t,
+                    profile=profile,
                 )
 
 

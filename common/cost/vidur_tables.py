@@ -74,23 +74,25 @@ class VidurTables:
         except KeyError:
             raise ConfigError(f"{self.folder}: no {what} prediction for {key}") from None
 
-    def _decode_ms(self, batch: int, context: int) -> float:
+    def _decode_ms(self, batch: int, context: int, overhead: float) -> float:
         if not batch:
             return 0.0
         kv = KV_STEP * math.ceil(context / KV_STEP)
-        return self._ms(self._decode, (batch, kv), "decode attention") * (1 + BATCHING_OVERHEAD * (batch > 1))
+        return self._ms(self._decode, (batch, kv), "decode attention") * (1 + overhead * (batch > 1))
 
-    def _prefill_ms(self, chunks: Sequence[tuple[int, int]]) -> float:
+    def _prefill_ms(self, chunks: Sequence[tuple[int, int]], overhead: float) -> float:
         if not chunks:
             return 0.0
         kv = sum(KV_STEP * math.ceil(cached / KV_STEP) for _, cached in chunks)
         length = round(math.sqrt(sum(new * new for new, _ in chunks)))
         known = self._ms(self._prefill, (kv, length * length), "prefill attention")
-        return known * (1 + BATCHING_OVERHEAD * (len(chunks) > 1))
+        return known * (1 + overhead * (len(chunks) > 1))
 
-    def attention_ms(self, chunks: Sequence[tuple[int, int]], num_decodes: int, context: int) -> float:
+    def attention_ms(
+        self, chunks: Sequence[tuple[int, int]], num_decodes: int, context: int, overhead: float = BATCHING_OVERHEAD
+    ) -> float:
         """Attention of one layer."""
-        return self._prefill_ms(chunks) + self._decode_ms(num_decodes, context)
+        return self._prefill_ms(chunks, overhead) + self._decode_ms(num_decodes, context, overhead)
 
     def all_reduce_ms(self, tokens: int) -> float:
         """One all-reduce, without its launch."""

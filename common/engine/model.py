@@ -37,10 +37,17 @@ class Decoder:
         """What every layer of one iteration needs to know of its tokens' positions."""
         return self.rope.at(positions_T)
 
-    def layer(self, weights: LayerWeights, x: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
-        """One decoder layer over `x` [T, hidden], in place; returns `x`."""
+    def layer(
+        self, weights: LayerWeights, x: torch.Tensor, rotation: Rotation, attend: Attend,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """One decoder layer over `x` [T, hidden], in place; returns `x`. With `rows` (the last layer: those that are
+        sampled), what follows attention is computed for them alone, and they are returned in a new tensor."""
         q, k, v = self.project(weights, x, rotation)
-        x.addmm_(attend(q, k, v).reshape(x.shape[0], -1), weights.o)
+        o = attend(q, k, v).reshape(x.shape[0], -1)
+        if rows is not None:
+            x, o = x.index_select(0, rows), o.index_select(0, rows)
+        x.addmm_(o, weights.o)
         return self.mlp(weights, x)
 
     def project(

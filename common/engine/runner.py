@@ -7,7 +7,7 @@ own, attends over what it has, and returns `(o, lse)`; home merges. A kernel is 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from common.engine.cells import CellStore
+from common.engine.graphs import make_graphs
 from common.engine.head import Head
 from common.engine.instance import EngineInstance
 from common.engine.model import Attend, Decoder
@@ -98,6 +99,8 @@ class Runner:
         block_size: int,
         sampling: SamplingParams | None = None,
         check_finite: bool = False,
+        graphs: str = "off",
+        max_len: int | None = None,
     ) -> None:
         self.decoder = decoder
         self.backend = backend
@@ -105,10 +108,12 @@ class Runner:
         self.block_size = block_size
         self.sampling = sampling or SamplingParams()
         self.check_finite = check_finite
+        self.clock: Callable[[], float] = time.perf_counter  # seconds; benchmarks may count CPU time instead
         device = decoder.device
-        self._embedding = source.embedding().to(device)
-        self._head = Head(source.head().to(device))
-        self._norm = source.final_norm().to(device)
+        self.embedding = source.embedding().to(device)
+        self.head = Head(source.head().to(device))
+        self.norm = source.final_norm().to(device)
+        self.graphs = make_graphs(self, graphs, max_len or decoder.spec.max_position)
 
     @property
     def device(self) -> torch.device:
@@ -123,24 +128,42 @@ class Runner:
         """Run a stage's layers; the last stage also samples. Blocks until the device is done."""
         times = StageTimes()
         self._wait()
-        begin = time.perf_counter()
+        begin = self.clock()
         with torch.inference_mode():
-            if layers[0] == 0:
-                ids = torch.tensor(item.ids, dtype=torch.int64, device=self.device)
-                item.hidden = self.decoder.embed(ids, self._embedding)
-            assert item.hidden is not None, "a later stage ran before the first"
-            rotation = self.decoder.rotation(to_device(item.batch.positions(), self.device))
-            for band in item.batch.bands(layers):
-                places = self._prepare(item.batch, home, band)
-                for layer in range(*band):
-                    attend = self._attend(places, layer - band[0], times)
-                    weights = self.instances[home].layer(layer)
-                    item.hidden = self.decoder.layer(weights, item.hidden, rotation, attend)
-            if layers[1] == self.decoder.spec.num_layers:
-                self._sample(item)
+            captured = self._replay(item, home, layers)
+            if captured is None:
+                self._run_eagerly(item, home, layers, times)
         self._wait()
-        times.seconds = time.perf_counter() - begin
+        times.seconds = self.clock() - begin - (captured or 0.0)
         return times
+
+    def _replay(self, item: Item, home: int, layers: Layers) -> float | None:
+        """Run an iteration by a graph; the seconds that went into capturing it. None: run it eagerly."""
+        if self.graphs is None or not self.graphs.eligible(item.batch, home, layers):
+            return None
+        done = self.graphs.run(item.batch, item.ids, home)
+        if done is None:
+            return None
+        logits, tokens, seconds = done
+        self._sampled(item, logits, tokens)
+        return seconds
+
+    def _run_eagerly(self, item: Item, home: int, layers: Layers, times: StageTimes) -> None:
+        if layers[0] == 0:
+            ids = torch.tensor(item.ids, dtype=torch.int64, device=self.device)
+            item.hidden = self.decoder.embed(ids, self.embedding)
+        assert item.hidden is not None, "a later stage ran before the first"
+        rotation = self.decoder.rotation(to_device(item.batch.positions(), self.device))
+        last = self.decoder.spec.num_layers - 1
+        for band in item.batch.bands(layers):
+            places = self._prepare(item.batch, home, band)
+            for layer in range(*band):
+                attend = self._attend(places, layer - band[0], times)
+                weights = self.instances[home].layer(layer)
+                rows = self._sampled_rows(item) if layer == last else None
+                item.hidden = self.decoder.layer(weights, item.hidden, rotation, attend, rows)
+        if layers[1] > last:
+            self._sample(item)
 
     # ------------------------------------------------------------ attention
 
@@ -169,9 +192,7 @@ class Runner:
     def _partials(self, place: Place, q: Tensor, layer: int) -> list[tuple[Tensor | None, Tensor, Tensor]]:
         """(queries, o, lse) of each of a place's passes."""
         scale = self.decoder.spec.scale
-        return [
-            (queries, *self.backend.run(plan, q, place.engine.kv, layer, scale)) for plan, queries in place.passes
-        ]
+        return [(queries, *self.backend.run(plan, q, place.engine.kv, layer, scale)) for plan, queries in place.passes]
 
     def _merged(self, parts: list[tuple[Tensor | None, Tensor, Tensor]]) -> Tensor:
         """One output from home's first pass, which has every query, and the others."""
@@ -190,17 +211,17 @@ class Runner:
 
         def together(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._wait()
-            start = time.perf_counter()
+            start = self.clock()
             self._write(home, k, v, layer)
             parts = self._partials(home, q, layer)
             self._wait()
-            report = LayerTimes(time.perf_counter() - start, [])
+            report = LayerTimes(self.clock() - start, [])
             for place in creditors:
-                start = time.perf_counter()
+                start = self.clock()
                 num_new = self._write(place, k, v, layer)
                 theirs = self._partials(place, q, layer)
                 self._wait()
-                seconds = time.perf_counter() - start
+                seconds = self.clock() - start
                 report.remote.append(_sent(place, q, k, num_new, theirs, seconds))
                 parts += theirs
             times.layers.append(report)
@@ -210,20 +231,29 @@ class Runner:
 
     # ------------------------------------------------------------ tokens
 
+    def _sampled_rows(self, item: Item) -> Tensor | None:
+        """Rows that give a token; None: all of them, in order."""
+        rows = item.batch.sampled_rows()
+        return None if len(rows) == item.batch.num_tokens else to_device(rows, self.device)
+
     def _sample(self, item: Item) -> None:
         works = [work for work in item.batch.works if work.sample]
         assert item.hidden is not None
         if not works:
             return
-        rows = to_device(item.batch.sampled_rows(), self.device)
-        logits = self.decoder.logits(item.hidden[rows], self._norm, self._head)
-        if self.check_finite and not bool(torch.isfinite(logits).all()):
-            bad = works[int(torch.argmin(torch.isfinite(logits).all(dim=1).int()))]
-            raise ContractError(f"request {bad.request_id}: NaN at position {bad.first + bad.num - 1}: KV was read "
-                                "that nobody had written, or that was freed")  # fmt: skip
+        logits = self.decoder.logits(item.hidden, self.norm, self.head)
         if self.sampling.temperature == 0.0:
             tokens = greedy(logits)
         else:
             draws = [Draw(self.sampling, work.request_id, work.first + work.num) for work in works]
             tokens = sample(logits, draws)
+        self._sampled(item, logits, tokens)
+
+    def _sampled(self, item: Item, logits: Tensor, tokens: Tensor) -> None:
+        """Tokens of the works that sample, row by row; ContractError on NaN where that is looked for."""
+        works = [work for work in item.batch.works if work.sample]
+        if self.check_finite and not bool(torch.isfinite(logits).all()):
+            bad = works[int(torch.argmin(torch.isfinite(logits).all(dim=1).int()))]
+            raise ContractError(f"request {bad.request_id}: NaN at position {bad.first + bad.num - 1}: KV was read "
+                                "that nobody had written, or that was freed")  # fmt: skip
         item.sampled = list(zip([work.request_id for work in works], np.asarray(tokens.cpu()).tolist()))

@@ -182,15 +182,24 @@ def _tables(
     uniform = all(own is None or b == a or own.uniform(low, high, b) for own, a, b in zip(cells, first, last))
     shape = (len(cells), max(width, 1)) if uniform else (high - low, len(cells), max(width, 1))
     tables = np.full(shape, -1, np.int32)
-    for row, (own, a, b) in enumerate(zip(cells, first, last)):
-        if b == a:
-            continue
-        if own is None or own.table.shape[1] < b or own.table[low, a:b].min() < 0:
-            request = batch.works[int(work[row])].request_id
-            raise ContractError(f"request {request}: KV of tokens {start[row]} .. {end[row]}, layers {band} is read "
-                                "where no cell holds it")  # fmt: skip
-        tables[..., row, : b - a] = own.table[low, a:b] if uniform else own.table[low:high, a:b]
+    parts = [_read(own, low, high, a, b) for own, a, b in zip(cells, first, last)]
+    named = np.arange(shape[-1]) < np.array([part.shape[1] for part in parts])[:, None]
+    flat = np.concatenate(parts, axis=1)
+    if flat.size and flat.min() < 0:
+        row = next(row for row, part in enumerate(parts) if part.size and part.min() < 0)
+        request = batch.works[int(work[row])].request_id
+        raise ContractError(f"request {request}: KV of tokens {start[row]} .. {end[row]}, layers {band} is read "
+                            "where no cell holds it")  # fmt: skip
+    tables[..., named] = flat[0] if uniform else flat
     return tables
+
+
+def _read(own: RequestCells | None, low: int, high: int, first: int, last: int) -> NDArray[np.int32]:
+    """`[layers, blocks]` of a request's cells; -1 where it has none."""
+    part = np.empty((high - low, 0), np.int32) if own is None else own.table[low:high, first:last]
+    if part.shape[1] == last - first:
+        return part
+    return np.concatenate([part, np.full((high - low, last - first - part.shape[1]), -1, np.int32)], axis=1)
 
 
 @overload

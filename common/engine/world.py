@@ -32,6 +32,8 @@ class EngineWorld:
         sampling: SamplingParams | None = None,
         seed: int = 0,
         poison: bool = False,
+        graphs: str = "off",
+        max_len: int | None = None,
     ) -> None:
         self.infos = infos
         self.spec = spec
@@ -44,7 +46,9 @@ class EngineWorld:
         self._gone: list[RemapLog] = []  # of instances that were stopped or lost
         decoder = Decoder(spec, self.device, spec.dtype)
         self.backend = choose(self.device, spec.dtype, block_size, attention)
-        self.runner = Runner(decoder, source, self.backend, self.instances, block_size, sampling, check_finite=poison)
+        self.runner = Runner(
+            decoder, source, self.backend, self.instances, block_size, sampling, poison, graphs, max_len
+        )
 
     def start(self, index: int) -> None:
         """An instance with all its parameters and an empty KV range."""
@@ -64,7 +68,15 @@ class EngineWorld:
         """Device, type and kernels, as chosen once."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         return {"device": f"{self.device} ({name})", "dtype": str(self.spec.dtype).removeprefix("torch."),
-                "attention": self.backend.reason, "torch": torch.__version__}  # fmt: skip
+                "attention": self.backend.reason, "graphs": self._graphs(), "torch": torch.__version__}  # fmt: skip
+
+    def _graphs(self) -> str:
+        graphs = self.runner.graphs
+        if graphs is None:
+            return "off"
+        counts = graphs.counts
+        return (f"{counts.replays} replays of {counts.captures} graphs, {counts.thrown_away} thrown away, "
+                f"{counts.capture_s:.2f} s of capturing")  # fmt: skip
 
     def remaps(self) -> dict[str, int]:
         """What changing parameters into KV and back has really done, over all instances that there have been."""

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from common.engine.instance import move_blocks
 from common.engine.runner import Item, StageTimes
-from common.engine.tokens import TokenSource
+from common.engine.tokens import GENERATED, TokenSource
 from common.engine.work import Batch, Work
 from common.engine.world import EngineWorld
 from common.errors import ContractError
-from common.executors.localbooks import LocalBooks, LocalMembers, LocalState
+from common.executors.localbooks import LocalBooks, LocalLosses, LocalMembers, LocalState
 from common.executors.sim import SimExecutor, SimInstance
 from common.executors.simlane import SimLane
 from common.executors.source import WorkloadLike
@@ -37,8 +38,10 @@ from common.types import (
     FreeSpan,
     LoadLayers,
     Placement,
+    RequestStatus,
     RunStep,
     Span,
+    Stage,
     Status,
     StepDone,
     SwapSpan,
@@ -57,11 +60,18 @@ class Traffic:
     per_iteration: list[tuple[int, int, int]] = field(default_factory=list)  # (creditor, bytes out, bytes back)
 
 
+@lru_cache(maxsize=256)
+def _at_home(stages: tuple[Stage, ...]) -> Placement:
+    """All KV where the route is."""
+    return tuple([Span(stage.instance, stage.layers, 0, None) for stage in stages])
+
+
 class LocalExecutor(SimExecutor):
     """See the module docstring. `world` holds the instances; its owner closes it."""
 
     state_type = LocalState
     members_type = LocalMembers
+    losses_type = LocalLosses
     members: LocalMembers
 
     def __init__(
@@ -107,7 +117,7 @@ class LocalExecutor(SimExecutor):
         """All known ids of a request: prompt and reply so far."""
         ids = self.tokens.get(request_id)
         if ids is None:
-            ids = self.source.expand(self.prompt_content(request_id), self.reply)
+            ids = self.source.expand(self.prompt_content(request_id), self._told)
             length = self.members.prompt[request_id]
             if len(ids) != length:
                 raise ContractError(f"request {request_id}: content of {len(ids)} tokens for a prompt of {length}")
@@ -121,6 +131,16 @@ class LocalExecutor(SimExecutor):
     def reply(self, request_id: int) -> list[int]:
         """What a request has generated so far."""
         return self.known(request_id)[self.members.prompt[request_id] :]
+
+    def _told(self, request_id: int) -> list[int]:
+        """A reply as prompts name it. Of a request that was refused or given up the client goes on as if it had been
+        answered in full: what was never generated is made up."""
+        ids = self.reply(request_id)
+        if self.record.requests.status[request_id] != RequestStatus.REJECTED:
+            return ids
+        rest = self.members.output[request_id] - len(ids)
+        made_up: list[int] = self.source.piece(f"{GENERATED}{request_id}", len(ids), rest).tolist()
+        return ids + made_up
 
     # ------------------------------------------------------------ contract
 
@@ -142,7 +162,11 @@ class LocalExecutor(SimExecutor):
         if not self.state.up[command.instance]:
             return
         if command.request_id is None:
-            self.books.store(command.instance, command.tier).evict(command.cached_blocks)
+            store = self.books.store(command.instance, command.tier)
+            if command.content is None:
+                store.evict(command.cached_blocks)
+            else:
+                self.books.evict_named(store, command)
             return
         tokens = command.tokens or (0, 1 << 60)
         ends = [held.end for held in self.state.held.get(command.request_id, ())
@@ -230,7 +254,7 @@ class LocalExecutor(SimExecutor):
             self._flying.add(lane.id)
             for request_id, member in lane.members.items():
                 position = member.offset + lane.iteration
-                works.append(Work(request_id, position, 1, True, self._spans(lane, request_id, member.entry.shared)))
+                works.append(Work(request_id, position, 1, True, self.spans(lane, request_id, member.entry.shared)))
         else:
             self._flying.discard(lane.id)
         for chunk, target in zip(lane.chunks, lane.targets):
@@ -238,7 +262,7 @@ class LocalExecutor(SimExecutor):
                 entry = target.entry
                 last = entry.sample and target.computed + chunk == target.target
                 shared = entry.shared if entry.behind is None else 0
-                spans = self._spans(lane, entry.request_id, shared)
+                spans = self.spans(lane, entry.request_id, shared)
                 works.append(Work(entry.request_id, target.computed, chunk, last, spans))
         ids: list[int] = []
         for work in works:
@@ -247,11 +271,11 @@ class LocalExecutor(SimExecutor):
         assert len(ids) == batch.num_tokens, "a token is computed that nobody knows"
         return Item(batch, ids)
 
-    def _spans(self, lane: SimLane, request_id: int, shared: int) -> Placement:
+    def spans(self, lane: SimLane, request_id: int, shared: int) -> Placement:
         """Where a request's KV is, from token 0 on."""
         placement = lane.spread.get(request_id)
         if placement is None:
-            return tuple([Span(stage.instance, stage.layers, 0, None) for stage in lane.stages])
+            return _at_home(lane.stages)
         if not shared:
             return placement
         return (*(Span(stage.instance, stage.layers, 0, shared) for stage in lane.stages), *placement)
@@ -263,7 +287,7 @@ class LocalExecutor(SimExecutor):
             position = member.offset + clock
             if position % size:
                 continue
-            for span in self._spans(lane, request_id, member.entry.shared):
+            for span in self.spans(lane, request_id, member.entry.shared):
                 if span.token_start <= position and (span.token_end is None or position < span.token_end):
                     low, high = span.layers
                     store = self.books.store(span.instance)

@@ -14,11 +14,12 @@ from common.engine.cells import CellStore, Mask
 from common.errors import ContractError
 from common.executors.memory import Held, overlap
 from common.executors.simlane import SimLane
+from common.executors.simloss import Losses
 from common.executors.simmembers import Members
 from common.executors.simstate import SimState
 from common.kv.content import concat
 from common.kv.hash_index import block_hashes
-from common.types import Content, Entry, RunStep, Span, Tier
+from common.types import Content, Entry, FreeSpan, RunStep, Span, Tier
 
 if TYPE_CHECKING:
     from common.executors.local import LocalExecutor
@@ -63,6 +64,17 @@ class LocalMembers(Members):
         super().release(lane, entry, charged, keep_tokens)
         self.executor.books.left(lane, entry.request_id)
         self.state.dirty[entry.request_id] = None
+
+
+class LocalLosses(Losses):
+    """The simulator's; cells that an iteration cut short had taken for its tokens go back."""
+
+    executor: LocalExecutor
+
+    def halt(self, lane: SimLane) -> None:
+        super().halt(lane)
+        for request_id in lane.members:
+            self.executor.local_state.dirty[request_id] = None
 
 
 class LocalBooks:
@@ -125,11 +137,14 @@ class LocalBooks:
         return wanted
 
     def _of_lane(self, lane: SimLane, request_id: int, instance: int) -> list[tuple[int, int, int, int]]:
-        """What a lane owns of a request at an instance; the token of an iteration under way counts."""
+        """What a lane owns of a request at an instance; the token of an iteration under way counts, elsewhere too."""
         size = self.state.block_size
         member = lane.members.get(request_id)
+        growing = -1  # position of that token
         if member is not None:
-            entry, charged = member.entry, member.offset + lane.iteration + self.executor.in_flight(lane)
+            entry, charged = member.entry, member.offset + lane.iteration
+            if self.executor.in_flight(lane):
+                growing, charged = charged, charged + 1
         else:
             target = next(target for target in lane.targets if target.entry.request_id == request_id)
             entry, charged = target.entry, target.target
@@ -140,8 +155,12 @@ class LocalBooks:
             for span in placement:
                 band = overlap(span.layers, stage.layers)
                 end = charged if span.token_end is None else min(span.token_end, charged)
-                if span.instance == stage.instance == instance and band is not None and end > span.token_start:
+                if span.instance != instance or band is None or end <= span.token_start:
+                    continue
+                if stage.instance == instance:
                     found.append((*band, span.token_start // size, -(-end // size)))
+                elif growing == end - 1:  # what is held there does not know of it yet
+                    found.append((*band, growing // size, growing // size + 1))
         return found
 
     # ------------------------------------------------------------ who is where
@@ -190,6 +209,18 @@ class LocalBooks:
         if short > 0 and lane.reclaim:
             layers = next(s.layers[1] - s.layers[0] for s in lane.stages if s.instance == instance)
             store.evict(min(-(-short // layers), lane.reclaim, store.named.num_idle))
+
+    def evict_named(self, store: CellStore, command: FreeSpan) -> None:
+        """Evict exactly the blocks that a content names; somebody who reads them forbids it."""
+        assert command.content is not None
+        size = self.state.block_size
+        start, end = command.tokens or (0, 1 << 60)
+        names = [digest for digest, _ in block_hashes(command.content, size)][start // size : end // size]
+        if len(names) != command.cached_blocks or any(store.named.get(digest) is None for digest in names):
+            raise ContractError(f"instance {command.instance}: {command.cached_blocks} blocks are to be evicted by "
+                                f"name, not all of tokens {command.tokens} are cached")  # fmt: skip
+        for digest in reversed(names):
+            store.free_named(store.named.remove(digest))
 
     # ------------------------------------------------------------ names
 
@@ -255,16 +286,35 @@ class LocalBooks:
     # ------------------------------------------------------------ law
 
     def check(self, instance: int) -> None:
-        """Ids agree with the ledger: cells held = cells counted, plus at most what iterations under way grow by."""
+        """Ids agree with the ledger: cells held = cells counted, plus what iterations under way grow by."""
         memory = self.state.memory[instance]
-        growing = 0
-        for lane in self.executor.lanes.values():
-            if self.executor.in_flight(lane) and any(stage.instance == instance for stage in lane.stages):
-                growing += len(lane.members) * self.executor.cluster.num_layers
-        used = self.store(instance).used
-        if not memory.used <= used <= memory.used + growing:
-            raise ContractError(f"instance {instance}: {used} cells are held, the ledger counts {memory.used}")
-        host = self.store(instance, Tier.DRAM).used
+        coming = {tier: self._swapping_in(instance, tier) for tier in Tier}
+        counted = memory.used + sum(self._growing(lane, instance) for lane in self.executor.lanes.values())
+        used = self.store(instance).used + coming[Tier.HBM]
+        if used != counted:
+            raise ContractError(f"instance {instance}: {used} cells are held, the ledger counts {counted}")
+        host = self.store(instance, Tier.DRAM).used + coming[Tier.DRAM]
         if host != memory.host_used:
             raise ContractError(f"instance {instance}: {host} host cells are held, {memory.host_used} are counted")
 
+    def _growing(self, lane: SimLane, instance: int) -> int:
+        """Cells at an instance that a lane's iteration under way has taken, and that are counted at its boundary."""
+        cells = 0
+        for request_id, member in lane.members.items() if self.executor.in_flight(lane) else ():
+            position = member.offset + lane.iteration
+            if position % self.state.block_size == 0:
+                for span in self.executor.spans(lane, request_id, member.entry.shared):
+                    open_here = span.token_end is None or position < span.token_end
+                    if span.instance == instance and span.token_start <= position and open_here:
+                        cells += span.layers[1] - span.layers[0]
+        return cells
+
+    def _swapping_in(self, instance: int, tier: Tier) -> int:
+        """Cells booked for cached blocks on their way into a tier; they get their ids when the data is there."""
+        cells = 0
+        for swap in self.executor.moves.swaps.values():
+            command = swap.command
+            if command.content is not None and command.instance == instance and command.out == (tier is Tier.DRAM):
+                blocks = command.tokens[1] // self.state.block_size - command.tokens[0] // self.state.block_size
+                cells += blocks * (command.layers[1] - command.layers[0])
+        return cells

@@ -20,6 +20,7 @@ from typing import Any
 from common.errors import ContractError, Stalled
 from common.executors.cluster import ClusterModel, StageCost
 from common.executors.simcontrol import Control
+from common.executors.simfaults import MessageFaults
 from common.executors.simlane import Member, SimLane, Target
 from common.executors.simloss import Losses
 from common.executors.simmembers import Members
@@ -56,13 +57,14 @@ FINISHED, LIVE, REJECTED = int(RequestStatus.FINISHED), int(RequestStatus.LIVE),
 class SimInstance:
     """The compute side of an instance: a FIFO server."""
 
-    __slots__ = ("active", "fifo", "id", "remote_load", "serving")
+    __slots__ = ("active", "fifo", "id", "lanes", "remote_load", "serving")
 
     def __init__(self, instance: int) -> None:
         self.id = instance
         self.serving: SimLane | None = None
         self.fifo: deque[SimLane] = deque()
         self.active = 0  # lanes with a running step that has a stage here
+        self.lanes: dict[int, SimLane] = {}  # with a stage here
         self.remote_load: dict[int, float] = {}  # lane -> share of this instance's time it takes as a creditor
 
 
@@ -71,6 +73,7 @@ class SimExecutor:
 
     state_type: type[SimState] = SimState
     members_type: type[Members] = Members
+    losses_type: type[Losses] = Losses
 
     def __init__(
         self,
@@ -80,7 +83,8 @@ class SimExecutor:
         *,
         oracle: bool = False,
         faults: tuple[tuple[int, int], ...] = (),
-        message_faults: Any = None,
+        message_faults: MessageFaults | None = None,
+        agent_faults: tuple[tuple[int, str, int], ...] = (),
     ) -> None:
         self.state = self.state_type(cluster, record)
         self.cluster = cluster
@@ -97,7 +101,7 @@ class SimExecutor:
         self._workload = workload
         prompt = integers(workload.prompt_tokens)
         self.members = self.members_type(self.state, self, prompt, integers(workload.output_tokens))
-        self.losses = Losses(self)
+        self.losses = self.losses_type(self)
         self.generated = self.members.generated
         self._segments = record.segments.packed
         self._costs: dict[tuple[int, bool, bool], StageCost] = {}
@@ -110,7 +114,7 @@ class SimExecutor:
             **self.control.commands(),
         }
         record.requests.prompt_tokens[:] = array("q", prompt)
-        self.control.start(faults)
+        self.control.start(faults, agent_faults)
 
     # ------------------------------------------------------------ contract
 
@@ -201,19 +205,20 @@ class SimExecutor:
         return cost
 
     def _run_step(self, command: RunStep) -> None:
-        lane = self.lanes.get(command.lane)
+        command_id, lane_id, add, remove, _, park, place, stages, budget, rule, limit, reclaim = command
+        lane = self.lanes.get(lane_id)
         if lane is None:
-            lane = self.lanes[command.lane] = SimLane(command.lane, self.state.block_size)
+            lane = self.lanes[lane_id] = SimLane(lane_id, self.state.block_size)
         if lane.command_id is not None:
-            raise ContractError(f"lane {lane.id}: RunStep {command.command_id} while {lane.command_id} runs")
-        if command.remove or command.park:
+            raise ContractError(f"lane {lane.id}: RunStep {command_id} while {lane.command_id} runs")
+        if remove or park:
             self.members.take_out(lane, command)
-        if command.stages is not None:
-            self._set_stages(lane, command.stages)
-        lane.rule = command.rule or lane.rule
-        lane.budget = command.token_budget or lane.budget
-        lane.reclaim = command.reclaim
-        lane.command_id = command.command_id
+        if stages is not None:
+            self._set_stages(lane, stages)
+        lane.rule = rule or lane.rule
+        lane.budget = budget or lane.budget
+        lane.reclaim = reclaim
+        lane.command_id = command_id
         lane.step_from = lane.ran
         if not lane.stages:
             raise ContractError(f"lane {lane.id}: no route, or its layers were dropped: RunStep needs stages")
@@ -222,12 +227,10 @@ class SimExecutor:
             if not up[stage.instance]:
                 self.losses.fail_lane(lane)
                 return
-        if command.place:
-            for request_id, placement in command.place:
-                self.control.replace(lane, request_id, placement)
-        for entry in command.add:
+        for request_id, placement in place:
+            self.control.replace(lane, request_id, placement)
+        for entry in add:
             self.members.join(lane, entry)
-        limit = command.max_iterations
         lane.limit = 1 << 60 if limit is None else lane.ran + limit
         lane.stop = False
         for foot in lane.feet:
@@ -248,9 +251,13 @@ class SimExecutor:
                 raise ContractError(f"lane {lane.id}: instance {stage.instance} does not hold layers {stage.layers}")
         if expected != self.cluster.num_layers:
             raise ContractError(f"lane {lane.id}: stages {stages} end before layer {self.cluster.num_layers}")
+        for foot in lane.feet:
+            foot.lanes.pop(lane.id, None)
         lane.stages = stages
         lane.costs = [self.stage_cost(stage) for stage in stages]
         lane.feet = [self.instances[stage.instance] for stage in stages]
+        for foot in lane.feet:
+            foot.lanes[lane.id] = lane
         lane.durations = [0] * len(stages)
         lane.prefix = {}
         lane.simple = len(stages) == 1
@@ -303,11 +310,12 @@ class SimExecutor:
 
     def _price(self, lane: SimLane) -> None:
         """Durations of one iteration at every stage."""
-        num = lane.phase.num if lane.runs_decodes else 0
-        chunks = [(chunk, target.computed) for chunk, target in zip(lane.chunks, lane.targets)]
-        logits = num
+        logits = num = lane.phase.num if lane.runs_decodes else 0
+        chunks = []
         for chunk, target in zip(lane.chunks, lane.targets):
-            if target.computed + chunk == target.target and target.entry.sample:
+            computed = target.computed
+            chunks.append((chunk, computed))
+            if computed + chunk == target.target and target.entry.sample:
                 logits += 1
         for index, cost in enumerate(lane.costs):
             context = lane.effective_context(cost.skew_alphas) if num else 0
@@ -404,17 +412,16 @@ class SimExecutor:
     def _boundary(self, lane: SimLane, now: int) -> Event | None:
         """Iterations are complete at every stage: tokens appear, prompts complete, requests finish."""
         count = lane.item_iterations
-        phase = lane.phase
-        num = phase.num
         self.note_segment(lane, now, count)
-        if lane.runs_decodes and num:
-            settled, lane.settled = lane.settled, 0
-            grown = phase.growth(lane.iteration + settled, count - settled)
-            if lane.spread:
-                self.grow(lane, grown, self.control.grow_spread(lane))
-            elif grown:
-                self.grow(lane, grown)
         if lane.runs_decodes:
+            phase = lane.phase
+            if phase.num:
+                settled, lane.settled = lane.settled, 0
+                grown = phase.growth(lane.iteration + settled, count - settled)
+                if lane.spread:
+                    self.grow(lane, grown, self.control.grow_spread(lane))
+                elif grown:
+                    self.grow(lane, grown)
             lane.iteration += count
         lane.ran += count
         if lane.chunks:
@@ -456,7 +463,7 @@ class SimExecutor:
     def _advance_targets(self, lane: SimLane, now: int) -> None:
         """Add computed chunks; at a reached target sample, decode, or leave."""
         targets = lane.targets
-        for chunk, target in zip(lane.chunks, list(targets)):
+        for chunk, target in zip(lane.chunks, targets if len(targets) == 1 else list(targets)):
             target.computed += chunk
             if target.computed < target.target:
                 continue
@@ -475,8 +482,8 @@ class SimExecutor:
         member = Member(entry, entry.target - lane.iteration, lane.iteration + left)
         if left and (entry.leave or not entry.sample):
             self.members.release(lane, entry, entry.target, entry.target)
-            if request_id in self.members.behind:
-                self.members.hand_over(request_id)
+            if (request_id, lane.id) in self.members.behind:
+                self.members.hand_over(request_id, lane)
             lane.stop = True
         else:
             lane.join(member, bool(lane.costs[0].skew_alphas))  # with nothing left it finishes at this boundary
@@ -485,10 +492,13 @@ class SimExecutor:
         """End the lane's step here: finish requests whose last token this was, answer the command."""
         finished: list[int] = []
         iteration = lane.iteration
-        while lane.finishes and lane.finishes[0][0] <= iteration and lane.next_finish() <= iteration:
-            request_id = lane.finishes[0][1]
-            finished.append(request_id)
-            self._finish(lane, request_id)
+        finishes, members = lane.finishes, lane.members
+        while finishes and finishes[0][0] <= iteration:
+            finish, request_id = heappop(finishes)
+            member = members.get(request_id)
+            if member is not None and member.finish == finish:
+                finished.append(request_id)
+                self._finish(lane, request_id)
         partial: tuple[tuple[int, int], ...] = ()
         if lane.targets:
             partial = tuple([(target.entry.request_id, target.computed) for target in lane.targets
@@ -603,11 +613,10 @@ class SimExecutor:
 
     def lanes_of(self, *instances: int) -> tuple[tuple[int, int], ...]:
         """(lane, completed iterations) of the lanes with a stage on these instances, by lane id."""
-        return tuple(
-            (lane.id, self.completed(lane))
-            for lane in self.lanes.values()
-            if any(stage.instance in instances for stage in lane.stages)
-        )
+        found = self.instances[instances[0]].lanes
+        for instance in instances[1:]:
+            found = found | self.instances[instance].lanes
+        return tuple([(lane_id, self.completed(found[lane_id])) for lane_id in sorted(found)])
 
     def cut_all(self, instance: int) -> None:
         """Something changed the speed of an instance: leaps there end at their next boundary (unseen by policies)."""

@@ -4,10 +4,11 @@ timers, messages and faults."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from common.errors import ContractError
 from common.executors.memory import Held, InstanceMemory, overlap
+from common.executors.simfaults import Agents, MessageFaults
 from common.executors.simlane import SimLane
 from common.executors.simremote import creditor_load
 from common.executors.simstate import LOST, MESSAGE, TIMER, UP, SimState
@@ -39,12 +40,6 @@ if TYPE_CHECKING:
     from common.executors.sim import SimExecutor
 
 
-class MessageFaults(Protocol):
-    """Decides a message's fate: extra delays in ns, one per copy delivered (empty: lost)."""
-
-    def deliveries(self, now_ns: int, message: Send) -> list[int]: ...
-
-
 class Control:
     """See the module docstring."""
 
@@ -52,6 +47,7 @@ class Control:
         self.state = state
         self.executor = executor
         self.faults = message_faults
+        self.agents = Agents(state)
         self.creditors: dict[int, tuple[int, ...]] = {}  # lane -> instances it loads
         self._watch: dict[tuple[int, str], int] = {}  # (instance, agent) -> sequence number of the next report
         self._spread: dict[int, SimLane] = {}  # requests in a lane with a placement of their own
@@ -69,8 +65,9 @@ class Control:
             Send: self._send,
         }
 
-    def start(self, faults: tuple[tuple[int, int], ...]) -> None:
-        """Announce the instances that run from the start, and plan the losses (time ns, instance)."""
+    def start(self, faults: tuple[tuple[int, int], ...], agent_faults: tuple[tuple[int, str, int], ...]) -> None:
+        """Announce the instances that run from the start, and plan the losses: (time ns, instance) and
+        (time ns, agent, ns until it is back)."""
         for info in self.state.cluster.instances:
             if info.running:
                 self._up_since[info.instance] = 0
@@ -78,6 +75,8 @@ class Control:
                 self.state.push(0, UP, info.instance, self._announce, event)
         for time_ns, instance in faults:
             self.lose_at(time_ns, instance)
+        for time_ns, agent, restart_ns in agent_faults:
+            self.agents.plan(time_ns, agent, restart_ns)
 
     def lose_at(self, time_ns: int, instance: int) -> None:
         """Plan a loss."""
@@ -407,38 +406,56 @@ class Control:
     # ------------------------------------------------------------ timers and messages
 
     def _set_timer(self, command: SetTimer) -> None:
-        event = TimerFired(command.command_id, command.to)
-        self.state.push(max(command.at_ns, self.state.now), TIMER, 0, lambda argument, _: argument, event)
+        if not self.agents.alive(command.to):
+            return
+        timer = (TimerFired(command.command_id, command.to), self.agents.life(command.to))
+        self.state.push(max(command.at_ns, self.state.now), TIMER, 0, self._fired, timer)
+
+    def _fired(self, timer: tuple[TimerFired, int], _: int) -> Event | None:
+        event, life = timer
+        return event if self._hears(event.to, life) else None
+
+    def _hears(self, agent: str, life: int) -> bool:
+        return self.agents.alive(agent) and self.agents.life(agent) == life
 
     def _set_watch(self, command: Watch) -> None:
         """One watch per instance and agent: a new one takes the place of the old."""
+        if not self.agents.alive(command.to):
+            return
         if command.period_ns:
-            self._report_in(command)
+            self._report_in(command, self.agents.life(command.to))
         else:
             self._watch.pop((command.instance, command.to), None)
 
-    def _report_in(self, command: Watch) -> None:
+    def _report_in(self, command: Watch, life: int) -> None:
         at_ns = self.state.now + command.period_ns
-        self._watch[command.instance, command.to] = self.state.push(at_ns, TIMER, 0, self._watched, command)
+        key = command.instance, command.to
+        self._watch[key] = self.state.push(at_ns, TIMER, 0, self._watched, (command, life))
 
-    def _watched(self, command: Watch, sequence: int) -> Event | None:
+    def _watched(self, watch: tuple[Watch, int], sequence: int) -> Event | None:
+        command, life = watch
         if self._watch.get((command.instance, command.to)) != sequence:
             return None  # ended or replaced
-        if not self.state.up[command.instance]:
+        if not self.state.up[command.instance] or not self._hears(command.to, life):
             del self._watch[command.instance, command.to]
             return None
-        self._report_in(command)
+        self._report_in(command, life)
         return Progress(command.instance, self.executor.lanes_of(command.instance), command.to)
 
     def _send(self, command: Send) -> None:
         """Control messages are small: latency, and their bytes at the bandwidth of a NIC."""
+        if not self.agents.alive(command.sender):
+            return
         cluster = self.state.cluster
         event = MessageArrived(command.sender, command.to, command.payload)
         extra = self.faults.deliveries(self.state.now, command) if self.faults is not None else [0]
         wire = int(command.num_bytes * 1e9 / cluster.nic.bandwidth)
         for delay in extra:
             at_ns = self.state.now + cluster.control_ns + wire + delay
-            self.state.push(at_ns, MESSAGE, 0, lambda argument, _: argument, event)
+            self.state.push(at_ns, MESSAGE, 0, self._delivered, event)
+
+    def _delivered(self, event: MessageArrived, _: int) -> Event | None:
+        return event if self.agents.alive(event.to) else None
 
 
 def _common(span: Span, layers: Layers, tokens: tuple[int, int]) -> bool:

@@ -39,8 +39,11 @@ class Losses:
                 self.halt(lane)
                 self.fail_lane(lane)
                 continue
-            hit = [request_id for request_id, placement in lane.spread.items()
-                   if any(span.instance == instance for span in placement)]
+            hit = [
+                request_id
+                for request_id, placement in lane.spread.items()
+                if any(span.instance == instance for span in placement)
+            ]
             if hit:
                 self.halt(lane)
                 for request_id in hit:

@@ -26,7 +26,7 @@ class Members:
         self.prompt = prompt
         self.output = output  # the true lengths: no policy sees them
         self.generated: array[int] = state.record.requests.output_tokens
-        self.behind: dict[int, tuple[SimLane, Entry]] = {}
+        self.behind: dict[tuple[int, int], tuple[SimLane, Entry]] = {}  # by request and lane in front
 
     def take_out(self, lane: SimLane, command: RunStep) -> None:
         """Preempt and park at this boundary; retained blocks become cached ones."""
@@ -52,7 +52,7 @@ class Members:
         self._count_migration(lane, entry)
         if entry.behind is not None:
             self.executor.control.check_behind(lane, entry)
-            self.behind[request_id] = (lane, entry)
+            self.behind[request_id, entry.behind] = (lane, entry)
             entry = entry._replace(shared=entry.computed)  # so far it owns what it will compute itself
         if entry.placement is not None and entry.placement != self.executor.control.default(lane, entry):
             self.executor.control.adopt(lane, entry)
@@ -93,9 +93,9 @@ class Members:
             memory.give(cells)
         memory.take(blocks * layers)
 
-    def hand_over(self, request_id: int) -> None:
+    def hand_over(self, request_id: int, front: SimLane) -> None:
         """The lane in front has computed what an entry behind it goes on from."""
-        lane, entry = self.behind.pop(request_id)
+        lane, entry = self.behind.pop((request_id, front.id))
         target = next(target for target in lane.targets if target.entry.request_id == request_id)
         target.entry = entry
         self._take_over(lane, entry, entry.computed)
@@ -132,7 +132,8 @@ class Members:
             target = next(target for target in lane.targets if target.entry.request_id == request_id)
             entry, charged = target.entry, target.target
             lane.targets.remove(target)
-        self.behind.pop(request_id, None)
+        for key in [key for key, value in self.behind.items() if key[0] == request_id and value[0] is lane]:
+            del self.behind[key]
         if lane.followers:
             self.executor.moves.unfollow(lane, request_id)
         if not keep:

@@ -56,10 +56,12 @@ class Params:
             raise ContractError(f"instance {instance}: layers {layers} dropped but not resident")
         if self.reads(instance, layers):
             raise ContractError(f"instance {instance}: layers {layers} dropped while a peer loads from them")
-        for lane in self.executor.lanes.values():
+        for lane in list(self.executor.instances[instance].lanes.values()):
             if any(stage.instance == instance and overlap(stage.layers, layers) for stage in lane.stages):
                 if lane.command_id is not None or lane.members or lane.targets:
                     raise ContractError(f"layers {layers} dropped while lane {lane.id} runs on them")
+                for foot in lane.feet:
+                    foot.lanes.pop(lane.id, None)
                 lane.stages, lane.feet = (), []  # it needs a new route
         memory.resident[layers[0] : layers[1]] = [False] * (layers[1] - layers[0])
         self._at_boundary(command, state.cluster.remap_ns, self._dropped, command)

@@ -52,9 +52,7 @@ def scatter_cells(kv_C2BGD: torch.Tensor, cells_N: torch.Tensor, buffer: torch.T
     kv_C2BGD.index_copy_(0, cells_N, buffer)
 
 
-def copy_cells(
-    src_kv: torch.Tensor, src_cells: torch.Tensor, dst_kv: torch.Tensor, dst_cells: torch.Tensor
-) -> None:
+def copy_cells(src_kv: torch.Tensor, src_cells: torch.Tensor, dst_kv: torch.Tensor, dst_cells: torch.Tensor) -> None:
     """Copy cells between KV ranges of the same shape of cell (int64, `dst_cells` distinct).
 
     Within one range a cell may not be both read and written: the order of the copies is not fixed.

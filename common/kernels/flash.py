@@ -99,9 +99,7 @@ class FlashBackend:
         return o_NHD, lse_NH
 
 
-def _call(
-    rows: Rows, sight: Sight, members: Longs, causal: bool, block_size: int, device: torch.device
-) -> FlashCall:
+def _call(rows: Rows, sight: Sight, members: Longs, causal: bool, block_size: int, device: torch.device) -> FlashCall:
     counts = rows.q_len[members].astype(np.int64)
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     tables = rows.tables if rows.tables.ndim == 3 else rows.tables[None]

@@ -33,17 +33,18 @@ BUFFER_NUMEL = 1 << 25
 
 @dataclass(frozen=True)
 class DecodeBucket:
-    """Rows of one query each and nearly the same number of blocks. S = W' * B keys, R' rows."""
+    """Rows of one query each and nearly the same number of blocks. R' rows, S keys: what the longest of them sees."""
 
     q_R: torch.Tensor
     out_R: torch.Tensor
     halves: torch.Tensor
-    """[L or 1, 2 * R' * W'] which half-cells (2 * cell for K, + 1 for V) make up the buffer [2, R', S, G, D]."""
+    """[L or 1, 2 * R' * W'] which half-cells (2 * cell for K, + 1 for V) make up the buffer [2, R', W' * B, G, D]."""
     hidden: torch.Tensor
-    """[X] the tokens of the buffer [2 * R' * S] that no query may see."""
+    """[X] the tokens of the buffer [2 * R' * W' * B] that no query may see, of the first S of each row."""
     mask_RS: torch.Tensor | None
     """[R', 1, 1, S] 0 or -inf, fp32; None if nothing is hidden."""
-    num_blocks: int
+    seen: int
+    """S. Keys behind it are in no tensor that is computed with."""
 
 
 @dataclass(frozen=True)
@@ -119,17 +120,18 @@ class TorchBackend:
     def _decode_bucket(
         self, rows: Rows, sight: Sight, members: Longs, num_blocks: int, device: torch.device
     ) -> DecodeBucket:
-        num_keys = num_blocks * self.block_size
-        hidden_RS = np.arange(num_keys) >= sight.seen[members, None]
-        hidden = np.flatnonzero(hidden_RS)
+        num_keys, seen = num_blocks * self.block_size, int(sight.seen[members].max())
+        hidden_RS = np.arange(seen) >= sight.seen[members, None]
+        row, key = np.nonzero(hidden_RS)
+        hidden = row * num_keys + key
         mask_RS = torch.zeros(hidden_RS.shape).masked_fill_(torch.from_numpy(hidden_RS), float("-inf"))
         return DecodeBucket(
             q_R=torch.from_numpy(rows.q_start[members].astype(np.int64)).to(device),
             out_R=torch.from_numpy(sight.out_start[members]).to(device),
             halves=_halves(rows, sight, members, num_blocks, self.block_size).to(device),
-            hidden=torch.from_numpy(np.concatenate([hidden, hidden + hidden_RS.size])).to(device),
+            hidden=torch.from_numpy(np.concatenate([hidden, hidden + len(members) * num_keys])).to(device),
             mask_RS=mask_RS[:, None, None].to(device) if len(hidden) else None,
-            num_blocks=num_blocks,
+            seen=seen,
         )
 
     def _prefill_row(self, rows: Rows, sight: Sight, row: int, num_blocks: int, device: torch.device) -> PrefillRow:
@@ -170,7 +172,7 @@ class TorchBackend:
         if mask is not None:
             kv_2SGD.view(-1, kv_heads * size).index_fill_(0, bucket.hidden, 0.0)
             mask = mask.to(kv_2SGD.dtype)
-        kv_2RGSD = kv_2SGD.view(2, num_rows, -1, kv_heads, size).transpose(2, 3)
+        kv_2RGSD = kv_2SGD.view(2, num_rows, -1, kv_heads, size)[:, :, : bucket.seen].transpose(2, 3)
         q_RHD = q_THD.index_select(0, bucket.q_R).to(kv_2SGD.dtype)
         q_RGMD = q_RHD.view(num_rows, kv_heads, heads // kv_heads, size)
         o_RGMD, lse_RGM = dense(q_RGMD, kv_2RGSD[0], kv_2RGSD[1], scale, mask=mask)

@@ -138,9 +138,7 @@ class CellRange:
     def allocate(self, run_cells: int, num_runs: int) -> list[int]:
         """Starts of `num_runs` new runs, ascending; or ContractError and no trace."""
         if not self.can_allocate(run_cells, num_runs):
-            raise ContractError(
-                f"allocate {num_runs} runs of {run_cells} cells, but {self.free_runs(run_cells)} fit"
-            )
+            raise ContractError(f"allocate {num_runs} runs of {run_cells} cells, but {self.free_runs(run_cells)} fit")
         starts: list[int] = []
         at = 0
         while len(starts) < num_runs:
@@ -214,9 +212,7 @@ class CellRange:
         that stays. If the gaps are too ragged, every run slides down in order instead. Raises only when too full.
         """
         if not 0 <= num_cells <= self.num_cells or self.held_cells > num_cells:
-            raise ContractError(
-                f"shrink to {num_cells} of {self.num_cells} cells, but {self.held_cells} are held"
-            )
+            raise ContractError(f"shrink to {num_cells} of {self.num_cells} cells, but {self.held_cells} are held")
         tail = [(cells, start) for start, cells in self.runs() if start + cells > num_cells]
         gaps = [(start, min(self._gap_cells[start], num_cells - start)) for start in self._gaps]
         gaps = gaps[: bisect_right(gaps, (num_cells, 0))]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 
 from common.errors import ContractError
-from common.kv.content import length, locate, normalise, take
+from common.kv.content import length, normalise, take
 from common.kv.radix import Evicted, Run
 from common.types import Content
 
@@ -23,8 +23,13 @@ def block_hashes(content: Content, block_size: int) -> Iterator[tuple[bytes, Con
     """(chained digest, content) of each full block: equal digests mean equal prefixes, on any machine."""
     content = normalise(content)
     digest = b""
-    for start in range(0, length(content) - block_size + 1, block_size):
-        block = take(content, *locate(content, start), block_size)
+    index = offset = 0
+    for _ in range(length(content) // block_size):
+        while offset >= content[index][2]:
+            offset -= content[index][2]
+            index += 1
+        block = take(content, index, offset, block_size)
+        offset += block_size
         digest = blake2b(digest + repr(block).encode(), digest_size=DIGEST_BYTES).digest()
         yield digest, block
 
@@ -83,6 +88,13 @@ class HashIndex:
                 break
             matched += self.block_size
         return matched
+
+    def would_pin(self, content: Content, tokens: int) -> int:
+        """Evictable blocks that `acquire` of the same would pin."""
+        if self.match(content, tokens) < tokens:
+            raise ContractError(f"would_pin {tokens} tokens: not all cached")
+        digests = [digest for digest, _ in block_hashes(content, self.block_size)]
+        return sum(not self._blocks[digest].pins for digest in digests[: tokens // self.block_size])
 
     def acquire(self, content: Content, tokens: int) -> HashLease:
         """Pin the first `tokens` tokens: whole blocks, as `match` found them."""

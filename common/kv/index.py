@@ -32,7 +32,7 @@ class Lease:
 
 
 class PrefixIndex:
-    """Cached blocks of one instance and tier, found by content. Query with `match`, then `acquire`."""
+    """Cached blocks of one instance and tier, found by content. Query with `match` and `would_pin`, then `acquire`."""
 
     __slots__ = (
         "_leaves",
@@ -86,6 +86,17 @@ class PrefixIndex:
         limit = min(max_tokens, length(content))
         limit -= limit % self.block_size
         return radix.walk(self._root, normalise(content), 0, limit, self.block_size)[1]
+
+    def would_pin(self, content: Content, tokens: int) -> int:
+        """Evictable blocks that `acquire` of the same would pin. Changes nothing, nor the LRU order."""
+        found, matched = radix.walk(self._root, normalise(content), 0, tokens, self.block_size)
+        if matched < tokens:
+            raise ContractError(f"would_pin {tokens} tokens, but only {matched} are cached")
+        num, node = 0, found if tokens else None
+        while node is not None and not node.pins:
+            num += min(node.num_blocks, (tokens - node.start) // self.block_size)
+            node = node.parent
+        return num
 
     # ------------------------------------------------------------ leases
 

@@ -176,9 +176,7 @@ def tokens_at(placement: Placement, instance: int, layer: int) -> tuple[tuple[in
     return tuple(found)
 
 
-def cells_at(
-    placement: Placement, instance: int, block_size: int, num_tokens: int, tier: Tier | None = None
-) -> int:
+def cells_at(placement: Placement, instance: int, block_size: int, num_tokens: int, tier: Tier | None = None) -> int:
     """Cells that these spans need on `instance` (in `tier`, or in any). A span's blocks begin at its own first
     token and are its own, so its last block counts whole; spans cut at block borders waste nothing."""
     assert block_size > 0 and num_tokens >= 0, f"block_size {block_size}, num_tokens {num_tokens}"

@@ -20,9 +20,7 @@ class Target(Protocol):
     target: int
 
 
-def next_iteration(
-    rule: Rule, budget: int, num_decodes: int, targets: Sequence[Target]
-) -> tuple[bool, list[int]]:
+def next_iteration(rule: Rule, budget: int, num_decodes: int, targets: Sequence[Target]) -> tuple[bool, list[int]]:
     """Whether decodes run, and the chunk of each leading target (the list ends at the first that gets nothing).
 
     CHUNKED and SARATHI: every decode takes one token of the budget, prompts share the rest in order. PREFILL_FIRST:
@@ -61,11 +59,11 @@ def _whole_prompts(padded: bool, budget: int, targets: Sequence[Target]) -> list
 
 def room_for(rule: Rule, budget: int, num_decodes: int, targets: Sequence[Target], need: int) -> bool:
     """Would a further target of `need` tokens, put last, get tokens in the next iteration?"""
-    pending = sum(target.target - target.computed for target in targets)
+    if not targets:
+        return num_decodes < budget or (rule is not Rule.CHUNKED and rule is not Rule.SARATHI)
+    pending = sum([target.target - target.computed for target in targets])
     if rule is Rule.CHUNKED or rule is Rule.SARATHI:
         return pending + num_decodes < budget
-    if not targets:
-        return True
     if rule is Rule.PREFILL_FIRST_LEGACY:
         longest = max(max(target.target - target.computed for target in targets), need)
         return longest * (len(targets) + 1) <= budget

@@ -30,7 +30,7 @@ from common.types import (
 )
 
 new_tuple = tuple.__new__  # of a NamedTuple, past its Python-level constructor: three times as fast
-assert len(RunStep._fields) == 12, "LaneScheduler.schedule names every field of RunStep"
+assert (len(RunStep._fields), len(Entry._fields)) == (12, 11), "LaneScheduler names every field of both"
 PLENTY = 1024  # iterations
 
 
@@ -100,6 +100,7 @@ class LaneScheduler:
         self.num_preemptions = 0
         self._started = False
         self._next_id = lane << 32
+        self._interrupt = Interrupt(lane)
         self._taken_over = 0  # cached blocks that this step's joins take over
 
     # ------------------------------------------------------------ queries
@@ -141,7 +142,7 @@ class LaneScheduler:
             self.schedule(out)
         elif not self.stopping and len(waiting) == 1 and self._may_start(seq):
             self.stopping = True
-            out.append(Interrupt(self.lane))
+            out.append(self._interrupt)
 
     def _may_start(self, seq: Seq) -> bool:
         """Optimistic: blocks that the running leap has taken since its start are not known yet."""
@@ -153,17 +154,17 @@ class LaneScheduler:
 
     def step_done(self, event: StepDone, out: list[Command]) -> list[Seq]:
         """Settle a step that ended OK and return the finished requests; call `schedule` next."""
-        phase, running = self.phase, self.running
-        clock = event.lane_iterations
-        grown = phase.growth(self.iteration, clock - self.iteration)
+        _, _, _, _, clock, finished, prefilled, partial, _ = event
+        grown = self.phase.growth(self.iteration, clock - self.iteration)
         self.iteration = clock
         self.busy = self.stopping = False
         self._charge_growth(grown)  # first: what a new prompt's lease pins can be evicted no more
-        if event.prefilled:
-            self._charge_growth(sum([self._prefilled(running[request_id], at) for request_id, at in event.prefilled]))
-        for request_id, computed in event.partial:
+        running = self.running
+        if prefilled:
+            self._charge_growth(sum([self._prefilled(running[request_id], at) for request_id, at in prefilled]))
+        for request_id, computed in partial:
             running[request_id].computed = computed
-        return [self._finish(request_id, out) for request_id in event.finished]
+        return [self._finish(request_id, out) for request_id in finished] if finished else []
 
     def _prefilled(self, seq: Seq, at: int) -> int:
         """A target was reached: it decodes from then on. Returns the blocks it has grown by since."""
@@ -295,7 +296,7 @@ class LaneScheduler:
             if not room_for(config.rule, config.max_num_batched_tokens, self.phase.num, self.targets, seq.known):
                 return True
             entry = self._try(seq, growth, out)
-            if entry is None and self.running:
+            if entry is None and (self.running or not self._hopeless(seq)):
                 return False
             waiting.popleft()
             if entry is None:
@@ -304,6 +305,10 @@ class LaneScheduler:
             added.append(entry)
             self.running[seq.request_id] = seq
         return False
+
+    def _hopeless(self, seq: Seq) -> bool:
+        """Does not even an otherwise empty lane help? Not so where others hold some of its memory for a while."""
+        return True
 
     def _try(self, seq: Seq, reserve: int, out: list[Command]) -> Entry | None:
         """Take a request's blocks if they can be had beside `reserve` others; a refusal leaves no trace."""
@@ -316,13 +321,12 @@ class LaneScheduler:
         else:
             text = seq.text(seq.known)
             hit = index.match(text, seq.known - 1)
-            need -= hit // self.config.block_size
-            if need + reserve > self.free + index.evictable_blocks:
-                return None
+            cached = hit // self.config.block_size
+            need -= cached
+            spare = self.free + index.evictable_blocks - need - reserve
+            if spare < 0 or (spare < cached and spare < index.would_pin(text, hit)):
+                return None  # what it reads cannot be evicted for it
             lease = index.acquire(text, hit)
-            if need + reserve > self.free + index.evictable_blocks:
-                index.release(lease)
-                return None
             seq.lease = lease
             if need > self.free:  # the join takes them over: `reclaim` covers it
                 index.evict(need - self.free)
@@ -333,7 +337,7 @@ class LaneScheduler:
         seq.computed, seq.target, seq.decoding = hit, seq.known, False
         self.targets.append(seq)
         caching = index is not None
-        return Entry(seq.request_id, hit, seq.known, hit, keep=caching, cache=caching)
+        return new_tuple(Entry, (seq.request_id, hit, seq.known, hit, True, False, caching, False, None, None, caching))
 
     def _limit(self, preempted: bool, blocked_by_budget: bool) -> int | None:
         """Iterations after which something may have to be decided (at least one)."""
@@ -363,4 +367,3 @@ class LaneScheduler:
         if config.max_leap is not None:
             limit = min(limit, config.max_leap)
         return max(limit, 1)
-

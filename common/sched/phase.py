@@ -44,7 +44,7 @@ class PhaseCounter:
             if rest <= first + 1:
                 total += sum(bins[first - rest + 1 : first + 1])
             else:
-                total += sum(bins[: first + 1]) + sum(bins[first + 1 + size - rest :])
+                total += self.num - sum(bins[first + 1 : first + 1 + size - rest])  # all but those in between
         return total
 
     def iterations_within(self, iteration: int, free: int) -> int:

@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable
-from typing import Literal
 
 from common.policy import Gauge
+from common.sched.dispatch import Dispatch, Dispatcher
 from common.sched.lane import EngineConfig, LaneScheduler, Seq
 from common.types import (
     Abort,
@@ -25,8 +24,6 @@ from common.types import (
     StepDone,
 )
 
-Dispatch = Literal["round_robin", "least_outstanding"]
-
 
 class VllmPolicy:
     """One lane per instance; a request stays where it was dispatched unless the instance dies."""
@@ -34,12 +31,8 @@ class VllmPolicy:
     def __init__(self, cluster: ClusterInfo, engine: EngineConfig, dispatch: Dispatch = "least_outstanding") -> None:
         self.cluster = cluster
         self.engine = engine
-        self.dispatch = dispatch
         self.lanes: dict[int, LaneScheduler] = {}
-        self._next = 0
-        # (outstanding, last dispatch, instance), stale entries dropped lazily: ties go to the longest not chosen
-        self._least: list[tuple[int, int, int]] = []
-        self._chosen: dict[int, int] = {}
+        self.dispatcher = Dispatcher(self.lanes, dispatch)
         self._orphans: list[Seq] = []  # arrived while no instance was up
         self._dying: dict[int, LaneScheduler] = {}  # by lane
         self._starts: dict[int, int] = {}  # instance -> times it came up
@@ -75,38 +68,15 @@ class VllmPolicy:
         if not self.lanes:
             self._orphans.append(seq)
             return
-        instance = self._pick()
+        instance = self.dispatcher.pick()
         lane = self.lanes[instance]
         reason = lane.refusal(seq)
         if reason is not None:
             out.append(Abort(seq.request_id, reason))
-            self._note(instance, lane)
+            self.dispatcher.note(instance, lane)
             return
         lane.submit(seq, out)
-        self._note(instance, lane)
-
-    def _pick(self) -> int:
-        self._next += 1
-        if self.dispatch == "round_robin":
-            order = list(self.lanes)
-            return order[(self._next - 1) % len(order)]
-        least, lanes = self._least, self.lanes
-        while True:
-            count, chosen, instance = least[0]
-            lane = lanes.get(instance)
-            if lane is not None and len(lane.waiting) + len(lane.running) == count and self._chosen[instance] == chosen:
-                self._chosen[instance] = self._next
-                return instance
-            heapq.heappop(least)
-
-    def _note(self, instance: int, lane: LaneScheduler) -> None:
-        if self.dispatch != "least_outstanding":
-            return
-        least, chosen = self._least, self._chosen
-        if len(least) > 64 + 8 * len(self.lanes):
-            least[:] = [(lane.outstanding(), chosen[index], index) for index, lane in self.lanes.items()]
-            heapq.heapify(least)
-        heapq.heappush(least, (len(lane.waiting) + len(lane.running), chosen.setdefault(instance, 0), instance))
+        self.dispatcher.note(instance, lane)
 
     def _step_done(self, event: StepDone, out: list[Command]) -> None:
         if event.status is not Status.OK:
@@ -115,11 +85,12 @@ class VllmPolicy:
             return
         instance = event.lane % len(self.cluster.instances)
         lane = self.lanes[instance]
-        before = lane.outstanding()
+        waiting, running = lane.waiting, lane.running
+        before = len(waiting) + len(running)
         lane.step_done(event, out)
         lane.schedule(out)
-        if lane.outstanding() != before:
-            self._note(instance, lane)
+        if len(waiting) + len(running) != before:
+            self.dispatcher.note(instance, lane)
 
     # ------------------------------------------------------------ membership
 
@@ -130,7 +101,7 @@ class VllmPolicy:
         lane_id = event.instance + start * len(self.cluster.instances)  # an instance that is back has a new lane
         lane = LaneScheduler(lane_id, stages, event.kv_cells // layers, self.engine)
         self.lanes[event.instance] = lane
-        self._note(event.instance, lane)
+        self.dispatcher.added(event.instance)
         orphans, self._orphans = self._orphans, []
         for seq in orphans:
             self._route(seq, out)

@@ -97,7 +97,7 @@ def boundaries_of(cluster: ClusterInfo, config: MellConfig, epoch_ns: int, block
     """From the cluster's profile; without one, links and compute are no limit and KV is the faster way."""
     info, profile = cluster.instances[0], cluster.extra
     nodes = len({instance.node for instance in cluster.instances})
-    link = profile.get("nic_bytes_per_s" if nodes > 1 else "nvlink_bytes_per_s", 1e15)
+    link = profile.get("nic_bandwidth" if nodes > 1 else "nvlink_bandwidth", 1e15)
     prefill = profile.get("prefill_tokens_per_s", 1e9)
     seconds = epoch_ns / 1e9
     return Boundaries(int(link * seconds * config.link_share), int(prefill * seconds * config.compute_share),

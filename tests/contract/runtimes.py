@@ -27,6 +27,7 @@ class Outcome:
     cached: dict[int, int] = field(default_factory=dict)
     host_used: dict[int, int] = field(default_factory=dict)
     host_cached: dict[int, int] = field(default_factory=dict)
+    graphs: Any = None
 
     def events(self, kind: type) -> list[tuple[int, Any]]:
         """(time, event or command) of one kind."""
@@ -75,15 +76,17 @@ def walk_sim(walk: type[Script], leap: int | None) -> Outcome:
     return outcome
 
 
-def walk_local(walk: type[Script], leap: int | None) -> Outcome:
-    """With real tensors on this process's CPU: free cells hold NaN, and every reply is that of an undisturbed run."""
+def walk_local(walk: type[Script], leap: int | None, **options: Any) -> Outcome:
+    """With real tensors on this process's CPU: free cells hold NaN, and every reply is that of an undisturbed run.
+
+    `options` are the world's."""
     from common.executors.local import LocalExecutor
     from tests.engine.worlds import check_tokens, tiny_world
 
     world = walk.world
     model = cluster(world.instances, world.blocks, world.layers, world.block_size, world.running, world.host_blocks)
     record = RunRecord(RequestColumns.empty(len(walk.workload.prompt_tokens)))
-    engine = tiny_world(model)
+    engine = tiny_world(model, **options)
     executor = LocalExecutor(model, walk.workload, record, world=engine)
     outcome = Outcome(walk(model.info(), leap), record)
     drive(outcome.policy, Recorder(executor, outcome.trace), record)
@@ -96,6 +99,7 @@ def walk_local(walk: type[Script], leap: int | None) -> Outcome:
         outcome.used[info.instance], outcome.cached[info.instance] = memory.used, memory.cached
         outcome.host_used[info.instance], outcome.host_cached[info.instance] = memory.host_used, memory.host_cached
     check_tokens(executor)
+    outcome.graphs = engine.runner.graphs.counts if engine.runner.graphs else None
     engine.close()
     return outcome
 

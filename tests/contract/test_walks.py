@@ -43,8 +43,11 @@ def check_books(outcome: Outcome) -> None:
         assert outcome.host_used[instance] == outcome.host_cached[instance] == 0
     sent = [item for _, item in outcome.trace if type(item) in typing.get_args(types.Command)]
     ids = [command.command_id for command in sent if hasattr(command, "command_id")]
-    answers = [item.command_id for _, item in outcome.trace
-               if type(item) in typing.get_args(types.Event) and getattr(item, "command_id", -1) >= 0]
+    answers = [
+        item.command_id
+        for _, item in outcome.trace
+        if type(item) in typing.get_args(types.Event) and getattr(item, "command_id", -1) >= 0
+    ]
     assert sorted(answers) == sorted(ids), "every command that takes time is answered exactly once"
 
 
@@ -63,8 +66,14 @@ def test_leaps_of_any_size_walk_alike(name):
     for leap in (None, 7, 1):
         outcome = RUNTIMES["sim"](WALKS[name].WALK, leap)
         requests = outcome.record.requests
-        times.append((list(requests.first_token_ns), list(requests.finish_ns), outcome.record.marks,
-                      list(outcome.record.moves.end_ns)))
+        times.append(
+            (
+                list(requests.first_token_ns),
+                list(requests.finish_ns),
+                outcome.record.marks,
+                list(outcome.record.moves.end_ns),
+            )
+        )
     assert times[0] == times[1] == times[2]
 
 
@@ -79,8 +88,10 @@ def test_every_command_walks():
 def test_a_recorded_walk_replays(runtime, name, leap):
     """Parity: the events of a walk, read back from its log, make a fresh policy give the same commands."""
     outcome = runtime(WALKS[name].WALK, leap)
-    lines = [Submitted(item) if type(item) in typing.get_args(types.Command) else Delivered(now, item)
-             for now, item in outcome.trace]
+    lines = [
+        Submitted(item) if type(item) in typing.get_args(types.Command) else Delivered(now, item)
+        for now, item in outcome.trace
+    ]
     items = [item for _, item in outcome.trace]
     assert [decode(json.loads(json.dumps(encode(item)))) for item in items] == items
     policy = WALKS[name].WALK(outcome.policy.info, leap)

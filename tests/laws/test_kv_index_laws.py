@@ -60,6 +60,10 @@ class Model:
                 self.free.remove(prefix)
         return new
 
+    def would_pin(self, content, tokens):
+        text = expand(content)
+        return sum(not self.pins[text[:at]] for at in range(BLOCK, tokens + 1, BLOCK))
+
     def release(self, content, tokens, tick):
         for at in range(tokens, 0, -BLOCK):
             prefix = expand(content)[:at]
@@ -112,6 +116,8 @@ class Life:
         found = self.radix.match(recut(content, pick), size)
         assert found == self.hash.match(content, size) == self.model.match(content, size)
         found -= BLOCK * (found > 0 and size % 5 == 0)  # now and then less than there is
+        pinned = self.model.would_pin(content, found)
+        assert pinned == self.radix.would_pin(recut(content, pick), found) == self.hash.would_pin(content, found)
         self.holders.append(
             [content, self.radix.acquire(recut(content, size), found), self.hash.acquire(content, found)]
         )
@@ -249,6 +255,7 @@ def test_a_refused_call_leaves_no_trace():
         lambda: index.evict(1),
         lambda: index.acquire((("a", 0, 40),), 20),
         lambda: index.acquire((("a", 0, 18),), 6),
+        lambda: index.would_pin((("a", 0, 40),), 20),
         lambda: index.extend(lease, (("b", 0, 40),), 40),
         lambda: index.extend(lease, (("a", 0, 18),), 24),
         lambda: index.clear(),

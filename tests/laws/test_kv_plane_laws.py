@@ -203,9 +203,7 @@ def shrunk(cells, memory, tags, target):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 20), st.integers(0, 30), st.data())
-def test_recut_for_equal_slices_gives_g_times_the_blocks_plus_the_extension(
-    slices, per_slice, full, extra, data
-):
+def test_recut_for_equal_slices_gives_g_times_the_blocks_plus_the_extension(slices, per_slice, full, extra, data):
     """KunServe's drop: g equal bands make g*P + E blocks of P, held ones keep their band in place, none moves."""
     layers = slices * per_slice
     cells = CellRange(full * layers)

@@ -45,7 +45,7 @@ class FleetRun:
         instances = rng.choice((2, 4, 8))
         self.model = cluster(instances, rng.choice((24, 48, 96)), LAYERS, running=rng.randint(1, min(3, instances)),
                              startup_ns=rng.choice((0, 500, 20_000)) * US,
-                             extra=rng.choice(({}, {"nic_bytes_per_s": 2e8, "nvlink_bytes_per_s": 1e9,
+                             extra=rng.choice(({}, {"nic_bandwidth": 2e8, "nvlink_bandwidth": 1e9,
                                                     "prefill_tokens_per_s": 1e6})))  # fmt: skip
         self.workload = workload(rng, num, rng.choice((200, 1000, 4000)), rng.choice((40, 250)),
                                  rng.choice((30, 120, 400)))  # fmt: skip

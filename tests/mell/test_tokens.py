@@ -116,7 +116,7 @@ def test_mell_itself_with_real_tensors():
     from tests.engine.worlds import check_tokens, tiny_world
 
     torch.set_num_threads(1)
-    model = cluster(4, 20, 4, running=2, extra={"nic_bytes_per_s": 2e8, "prefill_tokens_per_s": 1e6})
+    model = cluster(4, 20, 4, running=2, extra={"nic_bandwidth": 2e8, "prefill_tokens_per_s": 1e6})
     load = workload(random.Random(5), 14, 500, 120, 90)
     made = policy("mell", model.info(), "hybrid", epoch_us=1_000)
     engine = tiny_world(model)

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +54,12 @@ def call(tmp_path: Path, *arguments: str) -> int:
         (["cluster.lost=[[a,0]]"], ["cluster.lost"]),
         (["cluster.lost=[[nan,0]]"], ["cluster.lost"]),
         (["cluster.lost=[[1,99]]"], ["cluster.lost"]),
+        (["cluster.lost_agents=[[1,manager]]"], ["cluster.lost_agents", "seconds until it is back"]),
+        (["cluster.lost_agents=[[1,'',5]]"], ["cluster.lost_agents"]),
+        (["cluster.lost_agents=[[1,manager,-5]]"], ["cluster.lost_agents"]),
+        (["cluster.message_faults={lost:1}"], ["cluster.message_faults", "loss"]),
+        (["cluster.message_faults={loss:2}"], ["cluster.message_faults.loss"]),
+        (["cluster.message_faults=0.1"], ["cluster.message_faults"]),
         (["cluster.control_ms=inf"], ["cluster.control_ms"]),
         (["cluster.host_memory_gb=-1"], ["cluster.host_memory_gb"]),
         (["cluster.num_instances=1000000000"], ["cluster.num_instances"]),
@@ -104,8 +109,11 @@ def test_broken_traces_name_file_and_row(
         ('{"architectures": ["LlamaForCausalLM"], "hidden_size": "x", "num_attention_heads": 8}', ["config.json"]),
         ('{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 0}', ["config.json"]),
         ('{"architectures": ["LlamaForCausalLM"], "quantization_config": {"bits": 4}}', ["quantization_config"]),
-        ('{"architectures": ["LlamaForCausalLM"], "torch_dtype": "float32", "hidden_size": 64, '
-         '"num_attention_heads": 4}', ["float32"]),
+        (
+            '{"architectures": ["LlamaForCausalLM"], "torch_dtype": "float32", "hidden_size": 64, '
+            '"num_attention_heads": 4}',
+            ["float32"],
+        ),
     ],
 )
 def test_bad_model_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, names: list[str]) -> None:
@@ -202,9 +210,9 @@ def test_an_interrupted_run_is_readable_and_marked(tmp_path: Path, how: signal.S
     command = [sys.executable, "run.py", "workload=poisson", "workload.num_requests=400000", "workload.rate=40",
                "run.figures=false", "run.trace=false", f"run.results={tmp_path}", "run.name=r"]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(4)
+    assert process.stderr is not None and process.stderr.readline().startswith("simulating")  # it is under way
     process.send_signal(how)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     manifest = json.loads((tmp_path / "r" / "manifest.json").read_text())
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())

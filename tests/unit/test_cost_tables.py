@@ -13,6 +13,7 @@ import pytest
 
 from common.cost import fit, validate
 from common.cost.filling import between, blend, concat, fill, fill_times, lattice, same_blocks
+from common.cost.fit import thinned
 from common.cost.grids import load_grid
 from common.cost.interpolate import head_weights, nearest_heads
 from common.cost.sources import SOURCES
@@ -181,3 +182,33 @@ def test_heads_are_interpolated_between_equal_kv_heads() -> None:
     rows, weights = head_weights(heads, 24, 2)
     assert rows.tolist() == [1, 2] and weights.sum() == pytest.approx(1.0) and weights[1] > 0.5
     assert head_weights(heads, 64, 8)[0].tolist() == [nearest_heads(heads, 64, 8)[0]]
+
+
+def vidur(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    times = {"attn_pre_proj": 0.1, "attn_post_proj": 0.1, "mlp_up_proj": 0.4, "mlp_down_proj": 0.2, "emb": 0.01,
+             "input_layernorm": 0.006, "post_attention_layernorm": 0.008, "add": 0.003, "mlp_act": 0.01,
+             "attn_rope": 0.004}  # fmt: skip
+    shape = {"n_head": 64, "n_kv_head": 8, "n_embd": 8192, "n_expanded_embd": 28672, "num_tensor_parallel_workers": 2}
+    row = {f"time_stats.{name}.median": ms for name, ms in times.items()}
+    pd.DataFrame([{**row, **shape, "num_tokens": m} for m in (1, 64)]).to_csv(folder / "mlp.csv", index=False)
+
+
+def test_a_norm_of_vidur_comes_with_its_residual_add(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vidur(tmp_path / "Llama-2-70b-hf")
+    norm = next(t for t in read_tables(tmp_path, "vidur") if t.get("layer") == "layernorm")
+    assert norm.time_ns.tolist() == pytest.approx([10_000.0, 10_000.0])  # (6 + 8) / 2 + 3 us
+    assert validate.main([str(tmp_path), "--hardware", "a100-80g-2024", "--format", "vidur"]) == 0
+    assert {"linear", "elementwise"} == {json.loads(x)["family"] for x in capsys.readouterr().out.splitlines()}
+
+
+def test_many_noisy_message_sizes_are_thinned_and_few_are_not() -> None:
+    sizes = np.arange(2048, 65536, 256)
+    keys = np.stack([np.full_like(sizes, 2), sizes], axis=1)
+    noisy = np.where(np.arange(len(sizes)) % 5 == 0, 60e3, 10e3)
+    many = Table("all_reduce", ("gpus", "bytes"), keys, noisy)
+    thin = thinned(many)
+    assert 10 < len(thin.time_ns) < 25 and set(thin.time_ns.tolist()) <= {10e3, 60e3, 35e3}
+    assert np.mean(thin.time_ns == 10e3) > 0.7
+    few = many.take(np.isin(sizes, (2048, 4096, 8192)))
+    assert thinned(few) is few

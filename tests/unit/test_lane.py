@@ -289,6 +289,24 @@ def test_cached_blocks_are_evicted_oldest_first_when_an_admission_needs_them():
     assert bench.lane.index.match((("new", 0, 4),), 4) == 4
 
 
+def test_a_refused_admission_leaves_the_order_of_eviction():
+    """Two old blocks and a new one are cached, none is free. What reads the old ones needs two more than are left."""
+    bench = Bench(5, prefix_caching=True)
+    bench.submit(1, 8, (("old", 0, 8),))
+    bench.done(1, finished=(1,), prefilled=((1, 1),))
+    bench.submit(2, 4, (("new", 0, 4),))
+    bench.done(2, finished=(2,), prefilled=((2, 2),))
+    bench.submit(3, 5, (("run", 0, 5),))
+    bench.submit(4, 13, (("old", 0, 8), ("own", 0, 5)))
+    index = bench.lane.index
+    assert (bench.lane.free, index.cached_blocks, index.evictable_blocks) == (0, 3, 3)
+    bench.done(3, prefilled=((3, 3),))
+    assert (bench.lane.outstanding(), len(bench.lane.waiting)) == (2, 1)
+    assert index.match((("old", 0, 8),), 8) == 8
+    index.evict(1)
+    assert index.match((("old", 0, 8),), 8) == 4 and index.match((("new", 0, 4),), 4) == 4
+
+
 # ---------------------------------------------------------------- loss
 
 

@@ -497,6 +497,24 @@ def test_a_prompt_cut_over_two_lanes_is_a_pipeline():
     assert result.cells(0) == result.cells(1) == 0
 
 
+def test_a_prompt_cut_over_three_lanes_is_a_chain():
+    """Each chunk follows the one before it; the front hands over to the second lane, which hands over to the third."""
+
+    def story(s):
+        yield s.arrived(0)
+        pipe = (Stage(0, LOW), Stage(1, HIGH))
+        s.change(0, stages=pipe, add=(Entry(0, 0, 32, sample=False),))
+        s.change(1, stages=pipe, add=(Entry(0, 32, 64, sample=False, behind=0),))
+        s.change(2, stages=pipe, add=(Entry(0, 64, 96, behind=1),))
+        yield s.finished(0)
+
+    result = play(story, [96], [1])
+    first, chunk_hop = prefill_ns(32, layers=2, head=False, logits=0), 5_000 + 32 * 128
+    second, third = prefill_ns(32, 32, layers=2, head=False), prefill_ns(32, 64, layers=2, head=False)
+    assert result.record.requests.finish_ns[0] >= first + second + third + chunk_hop
+    assert result.cells(0) == result.cells(1) == 0
+
+
 # ---------------------------------------------------------------- remote attention
 
 

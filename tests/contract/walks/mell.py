@@ -103,8 +103,11 @@ def check(outcome: Outcome) -> None:
     assert sorted(statuses) == [Status.OK, Status.OK, Status.OK, Status.CANCELLED, Status.FAILED]
     assert [event.instance for _, event in outcome.events(InstanceUp)] == [0, 1, 2]
     assert [event.status for _, event in outcome.events(InstanceDown)] == [Status.OK]
-    order = [type(item).__name__ for _, item in outcome.trace if isinstance(item, InstanceLost)
-             or getattr(item, "status", Status.OK) is Status.FAILED]
+    order = [
+        type(item).__name__
+        for _, item in outcome.trace
+        if isinstance(item, InstanceLost) or getattr(item, "status", Status.OK) is Status.FAILED
+    ]
     assert order == ["InstanceLost", *sorted(order[1:])] and order[1:] == [CopyDone.__name__, StepDone.__name__]
     requests = outcome.record.requests
     assert requests.num_migrations[0] == 1 and requests.num_preemptions[1] == 1

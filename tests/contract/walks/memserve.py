@@ -64,7 +64,8 @@ class MemServe(Script):
         yield from self.prefill(1, 128, 176)
         yield self.finished(1)
         self.do(FreeSpan(D, 1))
-        self.do(FreeSpan(D, None, cached_blocks=8))
+        self.do(FreeSpan(D, None, cached_blocks=4, tokens=(64, 128), content=SECOND))  # by name
+        self.do(FreeSpan(D, None, cached_blocks=4))  # the next in order
 
     def parked(self) -> Story:
         yield self.arrived(2)

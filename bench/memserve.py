@@ -1,0 +1,70 @@
+"""What the MemServe experiments share: one simulated run with its policy's counters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.harness import latencies, write_report
+from common.build import cluster_model
+from common.config import RunConfig, compose
+from common.driver import drive
+from common.executors.sim import SimExecutor
+from common.plots.style import save
+from common.record import RequestColumns, RunRecord
+from systems.memserve.policy import MemServePolicy
+from systems.registry import make_policy
+from workloads.build import build
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "memserve"
+FIGURES = Path(__file__).resolve().parent.parent / "results" / "figures" / "memserve"
+
+
+def simulate(overrides: Sequence[str], change: Callable[[Any], Any] | None = None) -> tuple[RunConfig, RunRecord, Any]:
+    """Run one configuration in this process; (config, record, policy). `change` may replace the workload."""
+    from run import served
+
+    config = compose(overrides)
+    workload = served(build(config.workload, config.seed), config.engine.max_model_len)
+    if change is not None:
+        workload = change(workload)
+    record = RunRecord(RequestColumns.empty(workload.num_requests))
+    executor = SimExecutor(cluster_model(config), workload, record)
+    policy = make_policy(config.system, executor.cluster.info(), config.engine, config.system_options)
+    drive(policy, executor, record)
+    return config, record, policy
+
+
+def numbers(record: RunRecord) -> dict[str, float]:
+    """Mean, P50 and P99 of JCT, TTFT (s) and TPOT (ms)."""
+    times = latencies(record)
+    found: dict[str, float] = {}
+    for name, values in (("jct_s", times.e2e / 1e3), ("ttft_s", times.ttft / 1e3), ("tpot_ms", times.tpot)):
+        found[f"{name}_mean"] = float(np.mean(values))
+        found[f"{name}_p50"] = float(np.percentile(values, 50))
+        found[f"{name}_p99"] = float(np.percentile(values, 99))
+    return found
+
+
+def hit_ratio(policy: Any) -> float:
+    """Prompt tokens that prefills read from a cache, of all."""
+    assert isinstance(policy, MemServePolicy)
+    flows = policy.flows.values()
+    return float(sum(flow.hit for flow in flows) / max(1, sum(flow.prompt for flow in flows)))
+
+
+def balance(policy: Any) -> float:
+    """Prefills at the busiest instance over the mean."""
+    counts = [policy.gs.dispatched.get(instance, 0) for instance in policy.gs.able("prefill", "both")]
+    return float(max(counts) / (sum(counts) / len(counts)))
+
+
+def keep(name: str, title: str, notes: list[str], tables: dict[str, list[dict[str, Any]]], figure: Any) -> None:
+    """Table and figure of an experiment, committed both."""
+    write_report(name, title, notes, tables, RESULTS)
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    save(figure, FIGURES, name)

@@ -1,0 +1,118 @@
+"""The proactive planner of v2: which request's blocks should move where, greedily, for the sum of throughputs.
+
+Debtors by batch size, creditors by free memory, the debtor's longest request, the number of blocks searched, stop at
+no gain. Hysteresis and the cost of moving (pace) are ours, and so is that a debtor must have requests waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from systems.infinite_llm.messages import Load
+from systems.infinite_llm.throughput import Throughput
+
+
+class View(NamedTuple):
+    """What the gManager knows: loads, and blocks at home of each instance's own decoding requests."""
+
+    loads: Mapping[int, Load]
+    requests: Mapping[int, Mapping[int, int]]
+
+
+class PlannedMove(NamedTuple):
+    """Move blocks. `gain_tps`: predicted, of both ends together."""
+
+    request_id: int
+    src: int
+    dst: int
+    num_blocks: int
+    gain_tps: float
+
+
+class Planner:
+    """Pure: a view in, moves out."""
+
+    def __init__(self, model: Throughput, block_size: int, pace: int = 16, hysteresis: float = 0.02,
+                 horizon_iterations: int = 2000, max_utilisation: float = 0.9, max_moves: int = 4) -> None:  # fmt: skip
+        self.model = model
+        self.block_size = block_size
+        self.pace = pace
+        self.hysteresis = hysteresis
+        self.horizon_iterations = horizon_iterations
+        self.max_utilisation = max_utilisation
+        self.max_moves = max_moves  # of one debtor in one plan: it moves one after the other
+
+    def plan(self, view: View) -> list[PlannedMove]:
+        """Moves in order, each on top of those before it."""
+        loads = dict(view.loads)
+        requests = {key: dict(blocks) for key, blocks in view.requests.items()}
+        debtors = sorted((i for i, load in loads.items() if load.waiting and load.decoding and requests.get(i)),
+                         key=lambda i: (loads[i].decoding, i))  # fmt: skip
+        creditors = [i for i, load in loads.items() if not load.waiting]
+        moves: list[PlannedMove] = []
+        for debtor in debtors:
+            for _ in range(self.max_moves):
+                move = self._best_move(debtor, creditors, loads, requests[debtor])
+                if move is None:
+                    break
+                moves.append(move)
+                loads[debtor], loads[move.dst] = self.moved(loads[debtor], loads[move.dst], move.num_blocks)
+                requests[debtor][move.request_id] -= move.num_blocks
+        return moves
+
+    def _best_move(
+        self, debtor: int, creditors: list[int], loads: dict[int, Load], own: dict[int, int]
+    ) -> PlannedMove | None:
+        load = loads[debtor]
+        if not creditors or not load.waiting:
+            return None
+        creditor = max(creditors, key=lambda i: (loads[i].free, -i))
+        request_id = max(own, key=lambda r: (own[r], -r))
+        other = loads[creditor]
+        room = other.free - int((1 - self.max_utilisation) * other.capacity)
+        most = min(own[request_id] - 1, room)
+        num, net = self.search(load, other, most)
+        if num == 0 or net <= self.hysteresis * self._tps(load, other) * self.horizon_iterations:
+            return None
+        return PlannedMove(request_id, debtor, creditor, num, self.gain(load, other, num))
+
+    def search(self, debtor: Load, creditor: Load, most: int) -> tuple[int, float]:
+        """n* and its net gain. The gain changes slope only where one more waiting request fits, so these are tried."""
+        best, best_net = 0, 0.0
+        each = max(1, -(-debtor.waiting_blocks // max(1, debtor.waiting)))
+        for admitted in range(1, debtor.waiting + 1):
+            num = max(1, admitted * each - debtor.free)
+            if num > most:
+                break
+            net = self.net(debtor, creditor, num)
+            if net > best_net:
+                best, best_net = num, net
+        return best, best_net
+
+    def net(self, debtor: Load, creditor: Load, num_blocks: int) -> float:
+        """Gain times the iterations of the horizon that are left when the move is over."""
+        moving = num_blocks * self.block_size / self.pace
+        return self.gain(debtor, creditor, num_blocks) * max(0.0, self.horizon_iterations - moving)
+
+    def gain(self, debtor: Load, creditor: Load, num_blocks: int) -> float:
+        """Predicted change of both ends' tokens per second."""
+        return self._tps(*self.moved(debtor, creditor, num_blocks)) - self._tps(debtor, creditor)
+
+    def _tps(self, *loads: Load) -> float:
+        return sum(self.model.tokens_per_s(load.decoding, load.attended_tokens) for load in loads)
+
+    def moved(self, debtor: Load, creditor: Load, num_blocks: int) -> tuple[Load, Load]:
+        """Both ends after a move: the debtor admits as many waiting requests as then fit."""
+        size = self.block_size
+        free = debtor.free + num_blocks
+        each = max(1, -(-debtor.waiting_blocks // max(1, debtor.waiting)))
+        more = min(debtor.waiting, free // each)
+        joined = more * each
+        after = debtor._replace(
+            free=free - joined, decoding=debtor.decoding + more, waiting=debtor.waiting - more,
+            waiting_blocks=max(0, debtor.waiting_blocks - joined),
+            attended_tokens=debtor.attended_tokens + (joined - num_blocks) * size)  # fmt: skip
+        lender = creditor._replace(free=creditor.free - num_blocks,
+                                   attended_tokens=creditor.attended_tokens + num_blocks * size)  # fmt: skip
+        return after, lender

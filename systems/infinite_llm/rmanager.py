@@ -1,0 +1,167 @@
+"""rManager: the agent of one instance. Its scheduler, what it has lent and what it has borrowed; it tells the gManager
+by delta heartbeats, and shares no object with any other agent.
+"""
+
+from __future__ import annotations
+
+from common.sched.lane import Seq
+from common.types import Command, CopyDone, InstanceLost, MessageArrived, Progress, Send, Status, StepDone
+from systems.infinite_llm.creditor import Creditor
+from systems.infinite_llm.debtor import GMANAGER_INSTANCE, Debtor
+from systems.infinite_llm.lane import SpanLane
+from systems.infinite_llm.messages import (
+    ENTRY_BYTES,
+    GMANAGER,
+    HEADER_BYTES,
+    Answer,
+    Heartbeat,
+    Load,
+    Message,
+    MoveKvcache,
+    Offer,
+    PlacementEntry,
+    Release,
+    Renew,
+    Renewed,
+    Resync,
+    TryMoveKvcache,
+    manager_name,
+)
+from systems.infinite_llm.settings import Settings
+
+
+class RManager:
+    """With `mode=off` it is its lane and nothing else."""
+
+    def __init__(self, instance: int, lane: SpanLane, settings: Settings) -> None:
+        self.instance = instance
+        self.name = manager_name(instance)
+        self.lane = lane
+        self.on = settings.mode != "off"
+        if self.on:
+            lane.pooled = True
+            lane.low = max(2, int(settings.low_share * lane.num_blocks))
+        self.creditor = Creditor(instance, lane, settings.lease_ns, 2 * lane.low, self._tell)
+        self.debtor = Debtor(instance, lane, settings, self._tell)
+        self._told: dict[int, PlacementEntry] = {}
+        self._load: Load | None = None
+        self._sequence = 0
+        self._full = True
+        self._failing: int | None = None  # the creditor that our running step fails with
+
+    def _tell(self, instance: int, message: Message, out: list[Command]) -> None:
+        to = GMANAGER if instance == GMANAGER_INSTANCE else manager_name(instance)
+        out.append(Send(self.name, to, message, HEADER_BYTES))
+
+    # ------------------------------------------------------------ events
+
+    def submit(self, now_ns: int, seq: Seq, out: list[Command]) -> None:
+        """A request of this home."""
+        if self.on and self.lane.needs_loan(seq):
+            self.debtor.want(now_ns, seq, out)
+            return
+        self.lane.submit(seq, out)
+        self._after(now_ns, out)
+
+    def step_done(self, now_ns: int, event: StepDone, out: list[Command]) -> list[Seq]:
+        """A boundary: grant, switch, schedule. Returns the finished."""
+        finished: list[Seq] = []
+        if event.status is Status.OK:
+            finished = self.lane.step_done(event, out)
+        else:
+            assert self._failing is not None, "a step failed and nobody was lost"
+            self.lane.creditor_lost(event, self._failing, out)
+            self._failing = None
+        if self.on:
+            self.creditor.settle(now_ns, out)
+        self.lane.schedule(out)
+        self._after(now_ns, out)
+        return finished
+
+    def copied(self, now_ns: int, event: CopyDone, out: list[Command]) -> None:
+        """A copy of ours ended."""
+        self.debtor.copied(now_ns, event, out)
+        self._after(now_ns, out)
+
+    def message(self, now_ns: int, event: MessageArrived, out: list[Command]) -> None:
+        """From another agent; late and doubled ones do no harm."""
+        message = event.payload
+        if isinstance(message, TryMoveKvcache):
+            self.creditor.asked(now_ns, message, out)
+        elif isinstance(message, Release):
+            self.creditor.released(now_ns, message.try_ids, out)
+        elif isinstance(message, Renew):
+            self.creditor.renewed(now_ns, message, out)
+        elif isinstance(message, Answer):
+            self.debtor.answered(now_ns, message, int(event.sender[2:]), out)
+        elif isinstance(message, Renewed):
+            self.debtor.leases.renewed(message.creditor, message.sequence)
+        elif isinstance(message, Offer):
+            self.debtor.offered(now_ns, message, out)
+        elif isinstance(message, MoveKvcache):
+            self.debtor.ordered(now_ns, message, out)
+        elif isinstance(message, Resync):
+            self._full = True
+            self.heartbeat(out)
+        self._after(now_ns, out)
+
+    def tick(self, now_ns: int, event: Progress, out: list[Command]) -> None:
+        """Every period: leases, repeats, heartbeat."""
+        self.creditor.tick(now_ns, out)
+        self.debtor.tick(now_ns, out)
+        self._after(now_ns, out)
+        clock = dict(event.lanes).get(self.lane.lane, self.lane.iteration)
+        self.heartbeat(out, clock)
+
+    def peer_lost(self, now_ns: int, event: InstanceLost, out: list[Command]) -> None:
+        """Another instance died. As its debtor we know at once; as its creditor we wait for the lease to end."""
+        lane = self.lane
+        hit = [request_id for request_id in lane.borrowed.at(event.instance) if request_id in lane.running]
+        if hit:
+            self._failing = event.instance
+        self.debtor.creditor_lost(now_ns, event.instance, out)
+        self._after(now_ns, out)
+
+    def _after(self, now_ns: int, out: list[Command]) -> None:
+        if self.on:
+            self.debtor.scheduled(now_ns, out)
+
+    # ------------------------------------------------------------ heartbeats
+
+    def heartbeat(self, out: list[Command], clock: int | None = None) -> None:
+        """Tell what changed since the last one; all of it after a resync."""
+        entries, load = self._entries(clock), self._now(clock)
+        full, self._full = self._full, False
+        if full:
+            changed = list(entries.values())
+        else:
+            changed = [entry for key, entry in entries.items() if self._told.get(key) != entry]
+            changed += [entry._replace(num_blocks=0) for key, entry in self._told.items() if key not in entries]
+        idle = not (self.lane.outstanding() or entries)
+        if not full and not changed and load == self._load and idle:
+            return  # else even a heartbeat without news says that none was lost
+        self._told, self._load = entries, load
+        self._sequence += 1
+        message = Heartbeat(self.instance, self._sequence, full, tuple(changed), load)
+        out.append(Send(self.name, GMANAGER, message, HEADER_BYTES + ENTRY_BYTES * len(changed)))
+
+    def _entries(self, clock: int | None) -> dict[int, PlacementEntry]:
+        """Own requests by their id, others' by minus their id minus one."""
+        lane, size = self.lane, self.lane.config.block_size
+        at = lane.iteration if clock is None else clock
+        found: dict[int, PlacementEntry] = {}
+        for request_id, seq in lane.running.items():
+            if seq.decoding:
+                blocks = (seq.offset + at) // size - lane.borrowed.blocks(request_id)
+                found[request_id] = PlacementEntry(request_id, self.instance, blocks, True)
+        for request_id, blocks in self.creditor.lent.by_request().items():
+            found[-1 - request_id] = PlacementEntry(request_id, self.instance, blocks, False)
+        return found
+
+    def _now(self, clock: int | None) -> Load:
+        lane, size = self.lane, self.lane.config.block_size
+        grown = 0 if clock is None else lane.phase.growth(lane.iteration, max(0, clock - lane.iteration))
+        waiting = lane.waiting
+        needed = sum(-(-seq.known // size) for seq in waiting)
+        attended = lane.attended_tokens() + (lane.lent + grown) * size
+        return Load(lane.num_blocks, max(0, lane.free - grown), lane.phase.num, len(waiting), needed, attended)

@@ -1,0 +1,50 @@
+"""Options of `system=infinite_llm`; the ones that no source gives are ours, and say so in conf/system."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import ConfigError
+
+MODES = ("proactive", "reactive", "off")
+MS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """See conf/system/infinite_llm.yaml. Times in ns."""
+
+    mode: str = "proactive"
+    dispatch: str = "least_outstanding"
+    period_ns: int = 1000 * MS  # of heartbeats, renewals and, at most, plans
+    lease_ns: int = 60_000 * MS
+    margin_ns: int = 20_000 * MS  # a debtor that hears nothing stops using what it borrowed so long before the end
+    pace: int = 16  # tokens moved per iteration of the source
+    low_share: float = 0.02  # of an instance's blocks: when so few are free, borrow
+    hysteresis: float = 0.02  # least gain of a move, as a share of the throughput of both ends
+    horizon_iterations: int = 2000  # a move must pay within so many
+    locality: bool = False  # creditors of the same node first
+
+
+def from_options(options: Mapping[str, Any]) -> Settings:
+    """Settings from the keys of conf/system/infinite_llm.yaml."""
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    for name in ("period", "lease", "margin"):
+        if f"{name}_ms" in given:
+            given[f"{name}_ns"] = int(given.pop(f"{name}_ms") * MS)
+    known = set(Settings.__dataclass_fields__)
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"system.{key} is unknown for infinite_llm")
+    made = Settings(**given)
+    if made.mode not in MODES:
+        raise ConfigError(f"system.mode={made.mode!r} is unknown; choose one of: {', '.join(MODES)}")
+    if made.dispatch not in ("round_robin", "least_outstanding"):
+        raise ConfigError(
+            f"system.dispatch={made.dispatch!r} is unknown; choose one of: round_robin, least_outstanding"
+        )
+    if made.pace < 0 or made.period_ns <= 0 or made.margin_ns + 3 * made.period_ns > made.lease_ns:
+        raise ConfigError("system: need pace >= 0 and lease_ms >= margin_ms + 3 x period_ms")
+    return made

@@ -1,0 +1,1 @@
+"""KunServe (EuroSys'26): drop duplicate parameters, not requests."""

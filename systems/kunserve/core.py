@@ -1,0 +1,185 @@
+"""What all parts of the policy share: the ledger, who owns which lane, what is under way, and where requests go."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from common.sched.lane import EngineConfig, Seq
+from common.sched.ledger import CellLedger
+from common.sched.shared import SharedLane
+from common.types import Abort, ClusterInfo, Command, Event, FreeSpan, Layers, Mark, Stage
+from systems.kunserve.feeder import LookaheadFeeder
+from systems.kunserve.group import Group, LaneSet
+from systems.kunserve.lookahead import Costs
+from systems.kunserve.options import Options
+from systems.kunserve.state import State
+
+OWN_IDS = 1 << 62  # command ids that no lane uses
+Answer = Callable[[Any, list[Command]], None]
+
+
+class Core:
+    """See the module docstring."""
+
+    def __init__(self, cluster: ClusterInfo, engine: EngineConfig, options: Options) -> None:
+        self.cluster = cluster
+        self.engine = engine
+        self.options = options
+        self.min_tokens = options.min_tokens or engine.max_num_batched_tokens
+        self.costs = Costs.of(cluster.extra)
+        self.num_layers = cluster.instances[0].num_layers
+        self.ledger = CellLedger()
+        self.now_ns = 0
+        self.groups: dict[int, Group] = {}
+        self.group_of: dict[int, Group] = {}  # by instance
+        self.lanes: dict[int, tuple[Group, LaneSet, SharedLane]] = {}
+        self.missing: dict[int, list[Layers]] = {}  # layers that an instance does not hold
+        self.lending: dict[int, int] = {}  # instance -> loads that read its parameters
+        self.orphans: list[Seq] = []  # arrived, or were lost, while nobody could take them
+        self._pending: dict[int, tuple[Group, Answer]] = {}
+        self._next_id = OWN_IDS
+        self._next_lane = len(cluster.instances)
+        self._next_group = len(cluster.instances)
+        self._picks = 0
+        self._starts: dict[int, int] = {}
+
+    # ------------------------------------------------------------ commands
+
+    def ask(self, group: Group, out: list[Command], kind: Any, *args: Any, then: Answer, **more: Any) -> int:
+        """Emit a command that is answered; `then` gets the event, if the group is still there to hear it."""
+        self._next_id += 1
+        out.append(kind(self._next_id, *args, **more))
+        self._pending[self._next_id] = (group, then)
+        group.awaited.add(self._next_id)
+        return self._next_id
+
+    def timer_id(self) -> int:
+        """An id for a command whose answer nobody waits for."""
+        self._next_id += 1
+        return self._next_id
+
+    def answered(self, command_id: int, event: Event, out: list[Command]) -> Group | None:
+        """Deliver an answer; the group that waited for it, or None."""
+        if command_id not in self._pending:
+            return None
+        group, then = self._pending.pop(command_id)
+        group.awaited.discard(command_id)
+        then(event, out)
+        return group
+
+    def mark(self, out: list[Command], group: Group, kind: str, text: str = "") -> None:
+        """A line in the timeline."""
+        members = "+".join(str(stage.instance) for stage in group.route)
+        out.append(Mark(group.route[0].instance, kind, f"{members} {text}".strip()))
+
+    # ------------------------------------------------------------ lanes
+
+    def new_group(self, route: tuple[Stage, ...], state: State, ident: int | None = None) -> Group:
+        """A group and its members' entry in the books."""
+        if ident is None:
+            ident = self._next_group
+            self._next_group += 1
+        group = self.groups[ident] = Group(ident, route, state, self.now_ns)
+        for stage in route:
+            self.group_of[stage.instance] = group
+        return group
+
+    def lane_set(self, group: Group, stages: tuple[Stage, ...], lane_id: int | None = None) -> LaneSet:
+        """As many lanes as stages, on one queue. A whole instance's lane owns all memory there; others share."""
+        waiting: deque[Seq] = deque()
+        pipeline = len(stages) > 1
+        feeder = None
+        if pipeline and self.options.lookahead == "on":
+            feeder = LookaheadFeeder(waiting, self.costs, self.min_tokens, self.engine.block_size)
+        greedy = not pipeline and group.state is State.SERVING
+        found = LaneSet(stages, [], waiting, feeder)
+        for _ in stages:
+            if lane_id is None:
+                lane_id, self._next_lane = self._next_lane, self._next_lane + 1
+            lane = SharedLane(lane_id, stages, self.engine, self.ledger, greedy, waiting, feeder)
+            self.lanes[lane_id] = (group, found, lane)
+            found.lanes.append(lane)
+            lane_id = None
+        return found
+
+    def serve_alone(self, instance: int, cells: int, out: list[Command]) -> None:
+        """An instance that is empty and whole serves on its own."""
+        self.ledger.open(instance, cells)
+        self.missing[instance] = []
+        first = instance not in self._starts
+        self._starts[instance] = self._starts.get(instance, 0) + 1
+        ident = instance if first else None
+        group = self.new_group((Stage(instance, (0, self.num_layers)),), State.SERVING, ident)
+        group.sets = [self.lane_set(group, group.route, ident)]
+        self.flush(out)
+
+    def settle(self, group: Group, out: list[Command]) -> None:
+        """Free memory may have appeared: whoever idles beside a queue looks again; who can never go on gives way."""
+        for found in group.all_sets():
+            found.wake(out)
+        for found in group.all_sets():
+            if found.waiting and len(found.lanes) > 1:
+                self.unstick(group, found, out)
+
+    def unstick(self, group: Group, found: LaneSet, out: list[Command]) -> None:
+        """Nothing runs anywhere in the group and the queue's head does not fit: held KV of others makes room."""
+        if group.awaited or group.exchange is not None or group.stopping:
+            return
+        while found.waiting and not any(lane.busy for each in group.all_sets() for lane in each.lanes):
+            holders = [seq for seq in found.waiting if seq.computed]
+            if holders:
+                self.free_held(holders[-1], found.stages, out)
+                if found.feeder is not None:
+                    found.feeder.stop()
+            else:
+                seq = found.waiting.popleft()
+                blocks = found.lanes[0].num_blocks
+                out.append(Abort(seq.request_id, f"output outgrew the KV cache of {blocks} blocks"))
+            found.wake(out)
+
+    def free_held(self, seq: Seq, route: tuple[Stage, ...], out: list[Command]) -> None:
+        """Give up a request's KV outside lanes: it will be computed anew."""
+        blocks = -(-seq.computed // self.engine.block_size)
+        for stage in route:
+            if stage.instance in self.ledger.free:
+                out.append(FreeSpan(stage.instance, seq.request_id))
+                self.ledger.take_cells(stage.instance, -blocks * (stage.layers[1] - stage.layers[0]))
+        seq.computed = 0
+
+    # ------------------------------------------------------------ routing
+
+    def route(self, seq: Seq, out: list[Command]) -> None:
+        """To the set of lanes with the fewest outstanding requests per instance; ties to the longest not chosen."""
+        best: LaneSet | None = None
+        least: tuple[float, int] | None = None
+        for group in self.groups.values():
+            for found in group.sets:
+                key = (found.outstanding() / len(found.stages), found.chosen)
+                if least is None or key < least:
+                    best, least = found, key
+        if best is None:
+            self._hold(seq, out)
+            return
+        self._picks += 1
+        best.chosen = self._picks
+        reason = best.lanes[0].refusal(seq)
+        if reason is not None:
+            out.append(Abort(seq.request_id, reason))
+        else:
+            best.submit(seq, out)
+
+    def _hold(self, seq: Seq, out: list[Command]) -> None:
+        """Nobody admits now: a group that is about to, or whoever comes up, will."""
+        for group in self.groups.values():
+            if group.state in (State.PARKING, State.DROPPING):
+                group.queue.append(seq)
+                return
+        self.orphans.append(seq)
+
+    def flush(self, out: list[Command]) -> None:
+        """Route what nobody could take."""
+        orphans, self.orphans = self.orphans, []
+        for seq in orphans:
+            self.route(seq, out)

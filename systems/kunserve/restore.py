@@ -1,0 +1,139 @@
+"""Parameters come back while the pipeline serves: give up the extension, pull layers from peers, serve locally."""
+
+from __future__ import annotations
+
+from common.types import Command, Layers, LayersLoaded, LoadLayers, ShrinkDone, ShrinkKV, Stage, Status
+from systems.kunserve.core import Core
+from systems.kunserve.group import Group
+from systems.kunserve.slices import overlap, without
+from systems.kunserve.state import Happening, State
+
+LOW_PRIORITY = -1
+
+
+def begin(core: Core, group: Group, out: list[Command]) -> bool:
+    """Give up the extension cells; False while more is in use than is left without them."""
+    ledger = core.ledger
+    for instance in group.members():
+        base = core.cluster.instances[instance].kv_cells
+        if ledger.capacity[instance] - ledger.free[instance] > base:
+            return False
+    group.happen(Happening.CALM, core.now_ns)
+    core.mark(out, group, "restore")
+    shrink(core, group, out)
+    return True
+
+
+def shrink(core: Core, group: Group, out: list[Command]) -> None:
+    """Ask every member for the pages of its missing layers."""
+    for instance in group.members():
+        base = core.cluster.instances[instance].kv_cells
+        core.ledger.resize(instance, base)
+        core.ask(group, out, ShrinkKV, instance, base, then=lambda event, out: _shrunk(core, group, event, out))
+    for found in group.sets:
+        for lane in found.lanes:
+            lane.resized()
+
+
+def _shrunk(core: Core, group: Group, event: ShrinkDone, out: list[Command]) -> None:
+    if group.awaited or group.state is not State.SHRINKING:
+        return
+    assert event.status is Status.OK, "the ledger had seen to it that there was room"
+    group.happen(Happening.SHRUNK, core.now_ns)
+    for instance in group.members():
+        for gap in core.missing[instance]:
+            for source, part in _sources(core, group, instance, gap):
+                _load(core, group, instance, part, source, out)
+    _loaded(core, group, out)
+
+
+def _sources(core: Core, group: Group, instance: int, gap: Layers) -> list[tuple[int | None, Layers]]:
+    """Who has missing layers: the member that serves each, else any instance that is whole, else the host."""
+    found: list[tuple[int | None, Layers]] = []
+    left = [gap]
+    for peer, layers in group.route:
+        if peer != instance and peer not in group.dead:
+            common = overlap(gap, layers)
+            if common is not None:
+                found.append((peer, common))
+                left = [rest for part in left for rest in without(part, common)]
+    return found + [(_whole_peer(core, instance, part), part) for part in left]
+
+
+def _whole_peer(core: Core, instance: int, part: Layers) -> int | None:
+    """Another group's instance that has these layers and will not drop them meanwhile, nearest first."""
+    node = core.cluster.instances[instance].node
+    peers = [peer for peer, missing in core.missing.items()
+             if peer != instance and core.group_of[peer].state in (State.SERVING, State.PIPELINE)
+             and not any(overlap(gap, part) for gap in missing)]  # fmt: skip
+    return min(peers, key=lambda peer: (core.cluster.instances[peer].node != node, peer), default=None)
+
+
+def _load(core: Core, group: Group, instance: int, part: Layers, source: int | None, out: list[Command]) -> None:
+    if source is not None:
+        core.lending[source] = core.lending.get(source, 0) + 1
+
+    def then(event: LayersLoaded, out: list[Command]) -> None:
+        if source is not None:
+            core.lending[source] -= 1
+        if instance not in core.missing:
+            return  # it died
+        if event.status is Status.OK:
+            gaps = [rest for gap in core.missing[instance] for rest in without(gap, part)]
+            core.missing[instance] = gaps
+            core.ledger.resize(instance, event.kv_cells)
+        elif group.state is State.LOADING:  # the source died: from elsewhere
+            _load(core, group, instance, part, _whole_peer(core, instance, part), out)
+            return
+        _loaded(core, group, out)
+
+    core.ask(group, out, LoadLayers, instance, part, source, priority=LOW_PRIORITY,
+             piece_bytes=core.options.piece_bytes or (1 << 24), then=then)  # fmt: skip
+
+
+def _loaded(core: Core, group: Group, out: list[Command]) -> None:
+    """All members are whole: new requests run locally, old ones finish in the pipeline."""
+    if group.awaited or group.state is not State.LOADING:
+        return
+    group.happen(Happening.LOADED, core.now_ns)
+    core.mark(out, group, "restored")
+    if group.sets:
+        [group.old] = group.sets
+    group.sets = []
+    whole = (0, core.num_layers)
+    group.sets = [core.lane_set(group, (Stage(instance, whole),)) for instance in group.members()]
+    core.flush(out)
+    drained(core, group, out)
+
+
+def drained(core: Core, group: Group, out: list[Command]) -> None:
+    """Queued requests of the old pipeline run locally; when it is empty every member is on its own."""
+    if group.state is not State.DRAINING:
+        return
+    old = group.old
+    if old is not None:
+        fresh = [seq for seq in old.waiting if not seq.computed]
+        if fresh:
+            kept = [seq for seq in old.waiting if seq.computed]
+            old.waiting.clear()
+            old.waiting.extend(kept)
+            if old.feeder is not None:
+                old.feeder.stop()
+            for seq in fresh:
+                core.route(seq, out)
+        if old.outstanding() or any(lane.busy for lane in old.lanes):
+            return
+        for lane in old.lanes:
+            lane.hand_back()
+            del core.lanes[lane.lane]
+    group.happen(Happening.DRAINED, core.now_ns)
+    core.mark(out, group, "drained")
+    del core.groups[group.id]
+    for found in group.sets:
+        single = core.new_group(found.stages, State.SERVING)
+        single.sets = [found]
+        for lane in found.lanes:
+            core.lanes[lane.lane] = (single, found, lane)
+            lane.own_all(core.engine)
+            if not lane.busy and lane.waiting:
+                lane.schedule(out)

@@ -1,0 +1,84 @@
+"""Laws in the simulator: everyone ends, books agree, every layer is somewhere, and calm changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+
+from common.types import CopyDone, CopySpan, LayersDropped, Status
+from systems.baselines.vllm import VllmPolicy
+from tests.fakes import run as run_fake
+from tests.kunserve.strategies import bursts, law
+from tests.kunserve.worlds import Burst, Run
+
+
+def test_everyone_ends_and_no_block_is_lost_whatever_happens():
+    """After every event (`Run.check`): books agree, layers are resident, no request is forgotten."""
+    met: Counter[str] = Counter()
+
+    @law(300, 3000)
+    @given(bursts())
+    def draws(burst):
+        run = Run(burst).drive()
+        met.update(run.situations())
+
+    draws()
+    kinds = ("pipeline", "draining", "serving")  # states too short for random losses are killed on purpose below
+    assert all(met[kind] for kind in ("straddles a drop", "straddles a restore", "lives through two merges"))
+    assert all(met[f"loses a member {kind} at all"] for kind in kinds), met
+
+
+@pytest.mark.parametrize("kind", ["least_outstanding"])
+def test_without_overload_it_is_vllm_to_the_nanosecond(kind):
+    requests = tuple((300, 20 + 7 * (index % 9), 5 + index % 17) for index in range(80))
+    burst = Burst(requests, 3, 200)
+    mine = Run(burst).drive().record
+    theirs, _ = run_fake(VllmPolicy(burst.model().info(), burst.engine(), kind), burst.model(), burst.workload())
+    assert not mine.marks
+    for name in ("first_token_ns", "finish_ns", "instance", "num_preemptions"):
+        assert list(getattr(mine.requests, name)) == list(getattr(theirs.requests, name))
+
+
+def overflowing(**options) -> Burst:
+    requests = tuple((0, 100, 60) for _ in range(16)) + tuple((2000, 20, 4) for _ in range(12))
+    return Burst(requests, 2, 24, options=tuple(options.items()))
+
+
+def test_a_group_holds_g_times_p_blocks_and_the_extension():
+    run = Run(overflowing(restore="off")).drive()
+    drops = [event for _, event, _ in run.trace if isinstance(event, LayersDropped)]
+    assert [event.status for event in drops] == [Status.OK] * 2
+    extension = 2 * 8  # two layers' parameters, each as large as 8 cells
+    assert {event.kv_cells for event in drops} == {24 * 4 + extension}
+    core = run.policy.core
+    assert core.ledger.capacity_blocks(next(iter(core.groups.values())).route) == 2 * 24 + extension // 2
+
+
+def test_the_exchange_moves_each_band_once_and_pays_its_bytes():
+    run = Run(overflowing(restore="off")).drive()
+    sent = [c for *_, commands in run.trace for c in commands if isinstance(c, CopySpan)]
+    assert sent and len({(c.request_id, c.layers) for c in sent}) == len(sent)
+    done = [event for _, event, _ in run.trace if isinstance(event, CopyDone)]
+    assert sum(event.num_bytes for event in done) == sum(
+        (c.tokens[1] - c.tokens[0]) * (c.layers[1] - c.layers[0]) * 4096 // 16 for c in sent)  # fmt: skip
+    assert all(c.piece_bytes for c in sent)
+
+
+@pytest.mark.parametrize("exchange", ["coordinated", "uncoordinated", "recompute"])
+@pytest.mark.parametrize("lookahead", ["on", "token_count"])
+def test_every_switch_drops_and_restores(exchange, lookahead):
+    run = Run(overflowing(exchange=exchange, lookahead=lookahead)).drive()
+    kinds = [kind for kind in run.kinds() if kind != "fallback"]  # here a copy is less than the queue needs
+    assert kinds == ["overload", "drop", "exchanged", "restore", "restored", "drained"]
+    copies = [c for *_, commands in run.trace for c in commands if isinstance(c, CopySpan)]
+    assert bool(copies) == (exchange != "recompute")
+    assert all((c.piece_bytes is None) == (exchange == "uncoordinated") for c in copies)
+
+
+def test_two_bursts_drop_twice_and_do_not_oscillate():
+    first = tuple((0, 100, 60) for _ in range(16))
+    calm = tuple((2000, 20, 4) for _ in range(12))
+    run = Run(Burst(first + calm + ((1000, 100, 60), *first[1:]) + calm, 2, 24)).drive()
+    assert run.kinds().count("drop") == run.kinds().count("restored") == 2

@@ -1,0 +1,215 @@
+"""Random multi-turn schedules for `system=memserve`, and the laws that hold after every event."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from hypothesis import strategies as st
+
+from common.driver import drive
+from common.executors.sim import SimExecutor
+from common.record import RequestColumns, RunRecord
+from common.sched.lane import EngineConfig
+from common.types import RequestStatus, Rule, Tier
+from systems.memserve.config import DESIGNS, MODES, POLICIES, Options, Planner
+from systems.memserve.policy import MemServePolicy
+from tests.fakes import FakeWorkload, cluster
+
+MS = 1_000_000
+PLANNER = Planner(0.05, 1.0, 0.01, 1.0, 1.0)  # near the made-up costs of `tests.fakes`
+
+
+@dataclass(frozen=True)
+class Turn:
+    session: int
+    gap: int  # x 100 us, after the turn before (a first turn: after the first turn before it)
+    user: int
+    output: int
+
+
+@dataclass(frozen=True)
+class Scenario:
+    turns: tuple[Turn, ...]
+    document: tuple[int, ...]  # by session: tokens of the shared document that its first prompt starts with
+    options: Options
+    instances: int
+    blocks: int
+    host_blocks: int
+    rule: Rule = Rule.CHUNKED
+    budget: int = 64
+    max_num_seqs: int = 8
+    losses: tuple[tuple[int, int], ...] = ()  # (x 100 us, instance)
+    message_seed: int = -1
+    max_leap: int | None = None
+
+    def workload(self) -> FakeWorkload:
+        last: dict[int, int] = {}
+        history: dict[int, tuple] = {}
+        columns: list[tuple] = []
+        now = 0
+        for index, turn in enumerate(self.turns):
+            before = last.get(turn.session, -1)
+            if before < 0:
+                now += turn.gap * MS // 10
+                content = (("doc", 0, self.document[turn.session]),) if self.document[turn.session] else ()
+            else:
+                content = (*history[turn.session], (f"gen:{before}", 0, self.turns[before].output))
+            content = (*content, (f"s{turn.session}:{index}", 0, turn.user))
+            history[turn.session], last[turn.session] = content, index
+            columns.append((now if before < 0 else -1, sum(piece[2] for piece in content), turn.output, content,
+                            turn.session, before, turn.gap * MS // 10))  # fmt: skip
+        arrival, prompt, output, contents, session, after, think = map(list, zip(*columns))
+        return FakeWorkload(arrival, prompt, output, contents, session, after, think)
+
+    def engine(self) -> EngineConfig:
+        return EngineConfig(16, self.budget, self.max_num_seqs, self.rule, False, 0.0, self.max_leap, 1 << 20)
+
+    def model(self):
+        return cluster(self.instances, self.blocks, 4, 16, host_blocks=self.host_blocks, startup_ns=3 * MS)
+
+    def policy(self) -> MemServePolicy:
+        return MemServePolicy(self.model().info(), self.engine(), self.options)
+
+    def parts(self):
+        faults = tuple((units * MS // 10, instance) for units, instance in self.losses)
+        messages = Messages(self.message_seed) if self.message_seed >= 0 else None
+        return self.workload(), RunRecord(RequestColumns.empty(len(self.turns))), faults, messages
+
+
+class Messages:
+    """Delays, loses and doubles messages."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def deliveries(self, now_ns, message):
+        return [self.random.randrange(MS) for _ in range(self.random.choice((0, 1, 1, 1, 2)))]
+
+
+class Judge:
+    """A policy seen through the laws: `check` runs after every event's commands are in."""
+
+    def __init__(self, policy: MemServePolicy, executor: SimExecutor) -> None:
+        self.policy = policy
+        self.executor = executor
+        self.events = 0
+
+    def on_event(self, now_ns, event):
+        self.check()
+        self.events += 1
+        assert self.events < 50_000, "events without end"
+        return self.policy.on_event(now_ns, event)
+
+    def gauges(self):
+        return self.policy.gauges()
+
+    def check(self) -> None:
+        """Before an event: everything submitted so far has taken effect."""
+        state = self.executor.state
+        for instance, site in self.policy.sites.items():
+            pool, memory = site.pool, state.memory[instance]
+            if pool.dead or not state.up[instance]:
+                continue
+            pool.check()
+            if state.ready or self._answers_under_way():
+                continue
+            used = 4 * (pool.total[Tier.HBM] - pool.free[Tier.HBM])
+            assert memory.cached == 4 * pool.tree.cached[Tier.HBM], "cached blocks"
+            assert used - 4 * site.lane._grant <= memory.used <= used, "used blocks"
+            assert memory.host_used == 4 * (pool.total[Tier.DRAM] - pool.free[Tier.DRAM]), "host blocks"
+            assert memory.host_cached == 4 * pool.tree.cached[Tier.DRAM], "cached host blocks"
+
+    def _answers_under_way(self) -> bool:
+        """The event about to be told has already changed the executor's counts."""
+        return False
+
+
+class Late(Judge):
+    """As above, right after the commands are in."""
+
+    def on_event(self, now_ns, event):
+        self.events += 1
+        assert self.events < 50_000, "events without end"
+        return self.policy.on_event(now_ns, event)
+
+
+def run(scenario: Scenario, executor: SimExecutor | None = None, record: RunRecord | None = None):
+    """Drive it to the end under the laws; returns policy and executor."""
+    if executor is None:
+        workload, record, faults, messages = scenario.parts()
+        executor = SimExecutor(scenario.model(), workload, record, faults=faults, message_faults=messages)
+    policy = scenario.policy()
+    judge = Late(policy, executor)
+    poll = executor.poll
+
+    def checked():
+        judge.check()
+        return poll()
+
+    executor.poll = checked
+    drive(judge, executor, record)
+    finish(policy, executor)
+    return policy, executor
+
+
+def finish(policy: MemServePolicy, executor: SimExecutor) -> None:
+    """At the end: every request has ended, nobody holds or pins anything."""
+    status = executor.record.requests.status
+    assert all(one in (RequestStatus.FINISHED, RequestStatus.REJECTED, RequestStatus.PENDING) for one in status)
+    for site in policy.sites.values():
+        if not site.pool.dead:
+            pool = site.pool
+            assert not pool.tree.num_leases and not pool.tree.cached[None], "a lease or a swap is left"
+            assert not any(pool.active.values()) and not any(pool.moving.values()), "blocks are left"
+            assert not site.homed and not site.pending and not site.lane.waiting
+    assert not policy.moves.copies and not policy._orphans and not any(policy._limbo.values())
+
+
+@st.composite
+def scenarios(draw, losses=False, designs=tuple(DESIGNS), max_turns=12, pressure=False):
+    sessions = draw(st.integers(3 if pressure else 1, 4))
+    turns = tuple(
+        Turn(draw(st.integers(0, sessions - 1)), draw(st.sampled_from((0, 0, 1, 5, 20))),
+             draw(st.sampled_from((1, 5, 15, 16, 17, 40))), draw(st.sampled_from((1, 2, 5, 16, 20, 33))))
+        for _ in range(draw(st.integers(6 if pressure else 1, max_turns)))
+    )  # fmt: skip
+    document = tuple(draw(st.sampled_from((0, 0, 16, 48, 50))) for _ in range(sessions))
+    design = draw(st.sampled_from(designs))
+    instances = draw(st.integers(2, 4))
+    roles = None
+    if DESIGNS[design].split:
+        roles = draw(st.sampled_from(
+            ["1P1D", "1P2D", "2P1D", "1C1P1D"] if instances > 2 else ["1P1D"]))
+        if roles == "2P1D" and instances < 3:
+            roles = "1P1D"
+    options = Options(
+        design=design, roles=roles, transfer=draw(st.sampled_from(MODES)), policy=draw(st.sampled_from(POLICIES)),
+        fetch=draw(st.booleans()), guard_s=draw(st.sampled_from((None, 0.0001))), swap=draw(st.booleans()),
+        swap_low=draw(st.sampled_from((0.1, 0.5))), swap_high=draw(st.sampled_from((0.6, 0.9))),
+        local_ttl_s=draw(st.sampled_from((None, None, 0.002))), tree_ttl_s=draw(st.sampled_from((0.001, 10.0))),
+        heartbeat_s=0.0005, timeout_s=0.0015, restart=losses, planner=PLANNER,
+    )  # fmt: skip
+    longest = _longest(turns, document)
+    blocks = longest + draw(st.sampled_from((1, 2, 3) if pressure else (1, 2, 4, 10, 60)))
+    scenario = Scenario(
+        turns, document, options, instances, blocks, draw(st.sampled_from((0, 2, 40))),
+        draw(st.sampled_from((Rule.CHUNKED, Rule.CHUNKED, Rule.PREFILL_FIRST, Rule.SARATHI))),
+        draw(st.sampled_from((24, 64, 1024))), draw(st.sampled_from((1, 3, 8))),
+    )  # fmt: skip
+    if scenario.rule is Rule.PREFILL_FIRST:
+        scenario = replace(scenario, budget=1024)
+    if losses:
+        pairs = st.tuples(st.integers(0, 120), st.integers(0, instances - 1))
+        scenario = replace(
+            scenario, losses=tuple(draw(st.lists(pairs, max_size=3, unique_by=lambda pair: pair[1]))),
+            message_seed=draw(st.sampled_from((-1, 1, 2, 3))),
+        )  # fmt: skip
+    return scenario
+
+
+def _longest(turns, document) -> int:
+    tokens = dict(enumerate(document))
+    for turn in turns:
+        tokens[turn.session] += turn.user + turn.output
+    return max(-(-num // 16) for num in tokens.values())
