@@ -296,6 +296,9 @@ class MemServePolicy:
         job.ready = job.decoding = False
 
     def _adrift(self, instance: int, job: Job) -> None:
+        for waiting in (self._orphans, *self._limbo.values()):  # its P may die while it waits for its D's death
+            if job in waiting:
+                waiting.remove(job)
         if instance in self.gs.members:
             self._limbo.setdefault(instance, []).append(job)
         else:

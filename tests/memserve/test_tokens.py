@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 pytest.importorskip("torch")
 
@@ -18,6 +18,7 @@ from common.executors.local import LocalExecutor
 from common.types import RequestStatus, Tier
 from systems.memserve.config import DESIGNS
 from tests.engine.worlds import _dense, source_of, tiny_spec, tiny_world, undisturbed
+from tests.laws.strategies import law
 from tests.memserve.lib import run, scenarios
 
 SPEC = tiny_spec(4)
@@ -58,7 +59,7 @@ def check_tokens(executor: LocalExecutor) -> int:
 def test_tokens_are_those_of_an_uncached_instance(design):
     seen = {"swapped_out": 0, "swapped_in": 0, "evicted": 0, "hits": 0, "tokens": 0}
 
-    @settings(max_examples=NUM, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(law(1), max_examples=NUM)
     @given(scenarios(losses=True, designs=(design,), max_turns=9, pressure=True))
     def check(scenario):
         workload, record, faults, messages = scenario.parts()
