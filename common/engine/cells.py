@@ -78,8 +78,9 @@ class CellStore:
 
     # ------------------------------------------------------------ claims
 
-    def claim(self, request_id: int, wanted: Mask) -> None:
-        """Hold exactly `wanted[l, b]` for a request: free what is too much, then allocate what is missing."""
+    def claim(self, request_id: int, wanted: Mask, reads: bool = False) -> None:
+        """Hold exactly `wanted[l, b]` for a request: free what is too much, then allocate what is missing. One that
+        holds nothing is forgotten, unless it `reads` named blocks."""
         cells = self.of(request_id)
         cells.reach(wanted.shape[1])
         width = cells.run.shape[1]
@@ -94,7 +95,7 @@ class CellStore:
         missing = wanted & ~own
         if missing.any():
             self._allocate(request_id, cells, missing)
-        if not wanted.any():
+        if not wanted.any() and not reads:
             self.drop(request_id)
 
     def drop(self, request_id: int) -> None:

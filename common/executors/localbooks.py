@@ -101,13 +101,15 @@ class LocalBooks:
         claims = []
         for request_id in dirty:
             places = {(held.instance, held.tier) for held in self.state.held.get(request_id, ())}
-            places |= {(stage.instance, Tier.HBM) for lane in self.lanes.get(request_id, ()) for stage in lane.stages}
+            running = {(stage.instance, Tier.HBM) for lane in self.lanes.get(request_id, ()) for stage in lane.stages}
+            places |= running
             for instance, engine in self.executor.world.instances.items():
                 for tier, store in engine.stores.items():
                     if request_id in store.requests or (instance, tier) in places:
-                        claims.append((store, request_id, self._wanted(request_id, instance, tier)))
+                        reads = (instance, tier) in running  # in a lane, it may own nothing yet and read what it shares
+                        claims.append((store, request_id, self._wanted(request_id, instance, tier), reads))
         dirty.clear()
-        for store, request_id, wanted in claims:  # first what goes, then what comes
+        for store, request_id, wanted, reads in claims:  # first what goes, then what comes
             have = store.of(request_id).run >= 0
             keep = np.zeros_like(have)
             width = min(have.shape[1], wanted.shape[1])
@@ -115,8 +117,8 @@ class LocalBooks:
             if wanted.any() and (have & ~keep).any():
                 store.claim(request_id, keep | False)
             elif not wanted.any():
-                store.claim(request_id, wanted)
-        for store, request_id, wanted in claims:
+                store.claim(request_id, wanted, reads)
+        for store, request_id, wanted, _ in claims:
             if wanted.any():
                 store.claim(request_id, wanted)
 
