@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.errors import ContractError
 from common.kernels.merge import merge_two
 from common.kernels.plan import Longs, Rows, Sight, check_rows, check_tensors, lse_dtype
 
@@ -247,8 +246,6 @@ def _run_prefill(
 
 def _halves(rows: Rows, sight: Sight, members: Longs, num_blocks: int, block_size: int) -> torch.Tensor:
     """[L or 1, 2 * R' * W'] int64; entries past a row's last block repeat its first cell, which exists."""
-    if num_blocks > rows.tables.shape[-1]:
-        raise ContractError("a bucket is wider than its tables")
     tables = rows.tables if rows.tables.ndim == 3 else rows.tables[None]
     cells = tables[:, members, :num_blocks].astype(np.int64)
     past = np.arange(num_blocks) * block_size >= sight.seen[members, None]
