@@ -224,14 +224,14 @@ class Operators:
         times = grid.times(f"{prefix}_dec" if prefix == "mix" else prefix)
         configurations, sizes = grid.arrays[f"{prefix}_heads"], head_sizes(grid, prefix)
         rows, weights = head_weights(configurations, heads, kv_heads)
-        scaled = []
+        parts = []
         for row in rows:
             h, kv = configurations[row].tolist()
             batch = x * (kv_heads / kv)  # kernels launch per request and KV head: as many thread blocks as measured
             same = _at_batch(x, times[row], batch)
             work = source.decode(batch[:, None], y[None, :], h, kv, sizes[row])
-            scaled.append(self._rescale(same, work, target, float(times[row].min())))
-        scaled = _geometric(scaled, weights)
+            parts.append(self._rescale(same, work, target, float(times[row].min())))
+        scaled = _geometric(parts, weights)
         growing = (1,) if grid.meta.get("dense") else (0, 1)  # 2024's kernel splits KV by the batch it sees
         scaled = np.maximum(never_less(scaled, *growing), target)
         x = np.append(x, 4 * x[-1])
