@@ -115,7 +115,7 @@ class LocalBooks:
             width = min(have.shape[1], wanted.shape[1])
             keep[:, :width] = have[:, :width] & wanted[:, :width]
             if wanted.any() and (have & ~keep).any():
-                store.claim(request_id, keep | False)
+                store.claim(request_id, keep | False, reads=True)  # what comes is claimed below
             elif not wanted.any():
                 store.claim(request_id, wanted, reads)
         for store, request_id, wanted, _ in claims:

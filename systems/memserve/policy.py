@@ -209,8 +209,9 @@ class MemServePolicy:
 
     def _timer(self, event: TimerFired, out: list[Command]) -> None:
         if event.to == "cm":
-            for instance in self.cm.check(self._now, out):
-                if self.options.restart and self.sites[instance].pool.dead and instance not in self._starting:
+            for instance in (*self.cm.check(self._now, out), *self._never_up()):
+                dead = instance not in self.sites or self.sites[instance].pool.dead
+                if self.options.restart and dead and instance not in self._starting:
                     self._starting.add(instance)
                     out.append(StartInstance(self.ids(), instance))
             out.append(SetTimer(self.ids(), self._now + self._beat_ns, "cm"))
@@ -225,6 +226,12 @@ class MemServePolicy:
             site.pool.expire(self._now - int(self.options.local_ttl_s * 1e9), out)
             self.moves.retry(site, out)
             site.lane.kick(out)
+
+    def _never_up(self) -> list[int]:
+        """Instances that should have been there from the start and died before anybody heard of them."""
+        if self._now <= self.cm.timeout_ns:
+            return []
+        return [instance for instance in range(len(self.cluster.instances)) if instance not in self.sites]
 
     def _members(self, epoch: int, view: tuple[tuple[int, int], ...], out: list[Command]) -> None:
         if epoch <= self._epoch:

@@ -114,3 +114,11 @@ def test_options_are_checked():
     with pytest.raises(ConfigError):
         Options(design="pd_basic", roles="2P").role_of(2)
     assert Options(roles="1P2D").role_of(3) == ["prefill", "decode", "decode"]
+
+
+def test_an_instance_that_dies_before_it_is_heard_of_is_started_anew():
+    options = Options(design="pd_basic", roles="1P1D", restart=True, heartbeat_s=0.0005, timeout_s=0.0015,
+                      planner=PLANNER)  # fmt: skip
+    scenario = Scenario((Turn(0, 0, 40, 5),), (0,), options, 2, 10, 0, losses=((0, 1),))
+    _, executor = run(scenario)
+    assert executor.record.requests.status[0] == RequestStatus.FINISHED

@@ -55,15 +55,7 @@ def check_tokens(executor: LocalExecutor) -> int:
     return compared
 
 
-# A block that D reads by name is gone from its cells after evictions: seen after the runtime's books became strict, not
-# understood yet. Strict, so that whoever mends it takes the mark away.
-BROKEN = pytest.mark.xfail(strict=True, reason="D reads a named block whose cells are gone (docs/log.md, 2026-11-24)")
-
-
-@pytest.mark.parametrize(
-    "design",
-    [pytest.param(name, marks=BROKEN) if name in ("pd_caching_2", "pd_caching_3") else name for name in DESIGNS],
-)
+@pytest.mark.parametrize("design", DESIGNS)
 def test_tokens_are_those_of_an_uncached_instance(design):
     seen = {"swapped_out": 0, "swapped_in": 0, "evicted": 0, "hits": 0, "tokens": 0}
 
