@@ -23,6 +23,8 @@ def cluster_model(config: RunConfig) -> ClusterModel:
     model, hardware, tp = config.model, config.hardware, config.cluster.tp
     engine = config.engine
     blocks = config.kv_blocks
+    if config.system_options.get("kv") == "unlimited":
+        blocks = unlimited_blocks(config)
     if blocks is None:
         blocks = kv_capacity_blocks(
             model, hardware, tp, engine.block_size, config.gpu_memory_utilization,
@@ -74,6 +76,15 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         compact_bandwidth=hardware.mem_bandwidth * tp,
         extra=_estimates(config),
     )
+
+
+def unlimited_blocks(config: RunConfig) -> int:
+    """More KV blocks than an instance can ever fill: as many requests as may run, each as long as may be."""
+    if config.kv_blocks is not None:
+        raise ConfigError(f"engine.kv_blocks={config.kv_blocks}: system={config.system} has KV without limit; use null")
+    engine = config.engine
+    longest = -(-engine.max_model_len // engine.block_size) + 1
+    return int(engine.max_num_seqs * longest / (1 - engine.watermark)) + 1
 
 
 def _estimates(config: RunConfig) -> dict[str, float]:

@@ -16,10 +16,33 @@ Factory = Callable[[ClusterInfo, EngineConfig, Mapping[str, Any]], Policy]
 def _vllm(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     from systems.baselines.vllm import VllmPolicy
 
-    dispatch = options.get("dispatch", "least_outstanding")
-    if dispatch not in ("round_robin", "least_outstanding"):
-        raise ConfigError(f"system.dispatch={dispatch!r} is unknown; choose one of: round_robin, least_outstanding")
-    return VllmPolicy(cluster, engine, dispatch)
+    return VllmPolicy(cluster, engine, _dispatch(options))
+
+
+def _dispatch(options: Mapping[str, Any]) -> Any:
+    return _choose(options, "dispatch", "least_outstanding", ("round_robin", "least_outstanding"))
+
+
+def _vllm_pp(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.baselines.vllm_pp import VllmPpPolicy
+
+    stages = options.get("stages", 2)
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise ConfigError(f"system.stages={stages!r}: give a whole number of at least 1")
+    return VllmPpPolicy(cluster, engine, stages, _dispatch(options))
+
+
+def _infinite_kv(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    """An oracle: vllm whose executor has been given KV without limit (`system.kv=unlimited`)."""
+    from systems.baselines.vllm import VllmPolicy
+
+    _choose(options, "kv", "unlimited", ("unlimited",))
+    longest = -(-engine.max_model_len // engine.block_size)
+    for info in cluster.instances:
+        if info.kv_cells < engine.max_num_seqs * longest * info.num_layers:
+            raise ConfigError(f"system=infinite_kv: instance {info.instance} has {info.kv_cells} KV cells, which is a "
+                              "limit")  # fmt: skip
+    return VllmPolicy(cluster, engine, _dispatch(options))
 
 
 def _kunserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
@@ -109,6 +132,8 @@ def _consolidating(name: str) -> Factory:
 CONSOLIDATING = ("best_fit", "worst_fit", "first_fit", "load_balance", "load_balance_drain", "ffd_repack")
 FACTORIES: dict[str, Factory] = {
     "vllm": _vllm,
+    "vllm_pp": _vllm_pp,
+    "infinite_kv": _infinite_kv,
     "kunserve": _kunserve,
     "infinite_llm": _infinite_llm,
     "memserve": _memserve,
