@@ -45,6 +45,28 @@ def _infinite_kv(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[st
     return VllmPolicy(cluster, engine, _dispatch(options))
 
 
+def _llumnix(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.baselines.llumnix import LlumnixConfig, LlumnixPolicy
+
+    migrate, drain = options.get("migrate", True), options.get("drain") or []
+    if not isinstance(migrate, bool):
+        raise ConfigError(f"system.migrate={migrate!r}: use true or false")
+    if not isinstance(drain, list | tuple) or not all(_is_drain(pair) for pair in drain):
+        raise ConfigError(f"system.drain={drain!r}: give [[seconds, instance], …], or []")
+    config = LlumnixConfig(
+        poll_ns=max(1, int(_share(options, "poll_ms", 100, 1e6) * 1e6)),
+        threshold=_share(options, "threshold", 3.0, 1e6),
+        migrate=migrate,
+        drain=tuple((int(seconds * 1e9), instance) for seconds, instance in drain),
+    )
+    return LlumnixPolicy(cluster, engine, config)
+
+
+def _is_drain(pair: Any) -> bool:
+    return (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], int | float) and pair[0] >= 0
+            and isinstance(pair[1], int) and not isinstance(pair[1], bool))  # fmt: skip
+
+
 def _kunserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     from systems.kunserve.options import Options
     from systems.kunserve.policy import KunServePolicy
@@ -134,6 +156,7 @@ FACTORIES: dict[str, Factory] = {
     "vllm": _vllm,
     "vllm_pp": _vllm_pp,
     "infinite_kv": _infinite_kv,
+    "llumnix": _llumnix,
     "kunserve": _kunserve,
     "infinite_llm": _infinite_llm,
     "memserve": _memserve,
