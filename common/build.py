@@ -91,7 +91,7 @@ def _estimates(config: RunConfig) -> dict[str, float]:
     """What a policy that plans by cost may plan with: fits on a training split, profiled boundaries and the links'
     bandwidths, as plain numbers, from a cost model of its own; never the executor's object."""
     options, tp, hardware = config.system_options, config.cluster.tp, config.hardware
-    plans = {"lookahead", "migration"} & set(options) or options.get("mode") == "proactive"
+    plans = {"lookahead", "migration", "actions"} & set(options) or options.get("mode") == "proactive"
     if not plans or config.cost_source != "operators":
         return {}
     model = replace(config.model, dtype_bytes=hardware.dtype_bytes)
@@ -101,6 +101,12 @@ def _estimates(config: RunConfig) -> dict[str, float]:
         from common.cost.estimate import extra
 
         return {**extra(cost, config.engine.max_num_batched_tokens), **links}
+    if "actions" in options:
+        from common.cost.estimate import extra
+
+        host = pcie(hardware)
+        rates = {"pcie_bandwidth": host.bandwidth * tp, "pcie_latency_ns": float(host.latency_ns)}
+        return {**extra(cost, config.engine.max_num_batched_tokens), **rates}
     if "migration" in options:
         prefill_ns = cost.iteration_ns([(PROFILE_TOKENS, 0)], 0, 0, 1)
         return {"prefill_tokens_per_s": PROFILE_TOKENS * 1e9 / prefill_ns, **links}

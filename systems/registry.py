@@ -67,6 +67,17 @@ def _is_drain(pair: Any) -> bool:
             and isinstance(pair[1], int) and not isinstance(pair[1], bool))  # fmt: skip
 
 
+def _infercept(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.baselines.infercept import InferCeptPolicy
+    from systems.baselines.waste import Action
+
+    names = [action.value for action in Action]
+    given = options.get("actions", names)
+    if not isinstance(given, list | tuple) or "discard" not in given or not set(given) <= set(names):
+        raise ConfigError(f"system.actions={given!r}: give a list of {', '.join(names)}; discard must be among them")
+    return InferCeptPolicy(cluster, engine, tuple(Action(name) for name in given), _dispatch(options))
+
+
 def _kunserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     from systems.kunserve.options import Options
     from systems.kunserve.policy import KunServePolicy
@@ -157,6 +168,7 @@ FACTORIES: dict[str, Factory] = {
     "vllm_pp": _vllm_pp,
     "infinite_kv": _infinite_kv,
     "llumnix": _llumnix,
+    "infercept": _infercept,
     "kunserve": _kunserve,
     "infinite_llm": _infinite_llm,
     "memserve": _memserve,

@@ -108,7 +108,7 @@ def same_times(one: RunRecord, other: RunRecord) -> bool:
 
 
 @st.composite
-def loads(draw, small=False, instances=(2, 4), losses=True, host=False):
+def loads(draw, small=False, instances=(2, 4), losses=True, host=False, most_blocks=40):
     """Requests that arrive together or apart; together they overflow. Small: what real tensors can follow."""
     gaps = st.sampled_from((0, 0, 50, 200, 1000) if small else (0, 0, 50, 200, 1000, 4000))
     prompts = st.sampled_from((16, 33, 64, 100) if small else (1, 8, 16, 33, 64, 100, 150, 200, 300))
@@ -120,7 +120,8 @@ def loads(draw, small=False, instances=(2, 4), losses=True, host=False):
     if losses and draw(st.booleans()):
         when = st.integers(100, 8_000 if small else 20_000)
         lost = draw(st.lists(st.tuples(when, st.integers(0, num - 1)), max_size=2, unique_by=lambda one: one[1]))
-    blocks = draw(st.sampled_from((10, 12, 16) if small else (12, 20, 24, 40)))
+    sizes = (10, 12, 16) if small else [size for size in (12, 20, 24, 40) if size <= most_blocks]
+    blocks = draw(st.sampled_from(sizes))
     hosts = draw(st.sampled_from((0, 2, 8, 200))) if host else 0
     leap = draw(st.sampled_from((None, None, 1, 7)))
     return Load(requests, num, blocks, 4 if small else draw(st.sampled_from((4, 6))), tuple(lost), bool(lost),
