@@ -32,6 +32,12 @@ def _vllm_pp(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, A
     return VllmPpPolicy(cluster, engine, stages, _dispatch(options))
 
 
+def _static_pp(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    """`vllm_pp` of any depth; null: one pipeline of all instances. bench/static_pp.py picks the best per trace."""
+    stages = options.get("stages")
+    return _vllm_pp(cluster, engine, {**options, "stages": len(cluster.instances) if stages is None else stages})
+
+
 def _infinite_kv(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     """An oracle: vllm whose executor has been given KV without limit (`system.kv=unlimited`)."""
     from systems.baselines.vllm import VllmPolicy
@@ -166,6 +172,7 @@ CONSOLIDATING = ("best_fit", "worst_fit", "first_fit", "load_balance", "load_bal
 FACTORIES: dict[str, Factory] = {
     "vllm": _vllm,
     "vllm_pp": _vllm_pp,
+    "static_pp": _static_pp,
     "infinite_kv": _infinite_kv,
     "llumnix": _llumnix,
     "infercept": _infercept,
