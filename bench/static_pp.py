@@ -17,8 +17,8 @@ from common.config import RunConfig, compose
 from common.errors import ConfigError
 from common.metrics import summarize
 
-SHOWN = ("completed", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "output_throughput",
-         "num_preemptions")  # fmt: skip
+SHOWN = ("completed", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms",
+         "output_throughput", "num_preemptions")  # fmt: skip
 
 
 def depths(config: RunConfig) -> list[int]:
