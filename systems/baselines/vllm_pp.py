@@ -222,6 +222,7 @@ class VllmPpPolicy:
             greedy = len(stages) == 1
             for _ in stages:
                 lane = SharedLane(self._next_lane, stages, self.engine, self.ledger, greedy, waiting)
+                lane.short_steps = True  # its scheduler decides at every iteration, so leaps cannot matter
                 self.lanes[self._next_lane] = (pipeline, lane)
                 pipeline.set.lanes.append(lane)
                 self._next_lane += 1

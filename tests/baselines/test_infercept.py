@@ -17,7 +17,7 @@ from systems.baselines.infercept import InferCeptPolicy
 from systems.baselines.vllm import VllmPolicy
 from systems.baselines.waste import Action, Rates
 from systems.registry import make_policy
-from tests.baselines.worlds import Load, Run, loads, play_local, same_times
+from tests.baselines.worlds import Load, Run, leap_matters, loads, play_local, same_times
 from tests.fakes import US
 from tests.laws.strategies import law
 
@@ -83,6 +83,13 @@ def test_with_discard_alone_it_is_vllm_to_the_nanosecond(load):
     mine = Run(load, InferCeptPolicy(model.info(), load.engine(), (Action.DISCARD,)), model=model).drive()
     theirs = Run(load, VllmPolicy(model.info(), load.engine())).drive()
     assert same_times(mine.record, theirs.record)
+
+
+@law(100)
+@given(loads(host=True, most_blocks=24), PCIE)
+def test_leaps_change_nothing(load, bandwidth):
+    model = world(load, bandwidth)
+    assert not leap_matters(load, lambda one: Run(one, InferCeptPolicy(model.info(), one.engine()), model=model).drive())
 
 
 def test_waste_is_memory_by_time():

@@ -13,7 +13,7 @@ from common.sched.lane import EngineConfig
 from common.types import LayersDropped, RequestStatus, RunStep
 from systems.baselines.vllm import VllmPolicy
 from systems.baselines.vllm_pp import VllmPpPolicy, slices
-from tests.baselines.worlds import Load, Run, loads, play_local, same_times
+from tests.baselines.worlds import Load, Run, leap_matters, loads, play_local, same_times
 from tests.laws.strategies import law
 
 
@@ -58,6 +58,12 @@ def test_with_one_stage_it_is_vllm_to_the_nanosecond(load):
     mine = Run(load, VllmPpPolicy(model.info(), load.engine(), 1)).drive()
     theirs = Run(load, VllmPolicy(model.info(), load.engine())).drive()
     assert same_times(mine.record, theirs.record)
+
+
+@law(60)
+@given(loads(), st.sampled_from((1, 2)))
+def test_leaps_change_nothing(load, stages):
+    assert not leap_matters(load, lambda one: Run(one, VllmPpPolicy(one.model().info(), one.engine(), stages)).drive())
 
 
 @pytest.mark.parametrize(("layers", "stages"), [(4, 2), (6, 4), (7, 3), (5, 5)])
@@ -109,7 +115,7 @@ def test_what_does_not_divide_is_refused_in_one_line():
         VllmPpPolicy(info, EngineConfig(prefix_caching=True), 2)
 
 
-@law(16)
+@law(10)
 @given(loads(small=True))
 def test_replies_are_those_of_an_undisturbed_run(load):
     play_local(load, lambda info, engine: VllmPpPolicy(info, engine, 2))

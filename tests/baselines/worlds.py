@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -105,6 +105,12 @@ def same_times(one: RunRecord, other: RunRecord) -> bool:
     """Every request alike, to the nanosecond."""
     names = ("first_token_ns", "finish_ns", "instance", "num_preemptions", "status")
     return all(list(getattr(one.requests, name)) == list(getattr(other.requests, name)) for name in names)
+
+
+def leap_matters(load: Load, play: Callable[[Load], Run]) -> bool:
+    """Do steps of one iteration and of any length give other times?"""
+    one, other = (play(replace(load, max_leap=leap)).record for leap in (1, None))
+    return not same_times(one, other)
 
 
 @st.composite
