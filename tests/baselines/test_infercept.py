@@ -89,7 +89,8 @@ def test_with_discard_alone_it_is_vllm_to_the_nanosecond(load):
 @given(loads(host=True, most_blocks=24), PCIE)
 def test_leaps_change_nothing(load, bandwidth):
     model = world(load, bandwidth)
-    assert not leap_matters(load, lambda one: Run(one, InferCeptPolicy(model.info(), one.engine()), model=model).drive())
+    info = model.info()
+    assert not leap_matters(load, lambda one: Run(one, InferCeptPolicy(info, one.engine()), model=model).drive())
 
 
 def test_waste_is_memory_by_time():
