@@ -23,6 +23,8 @@ def cluster_model(config: RunConfig) -> ClusterModel:
     model, hardware, tp = config.model, config.hardware, config.cluster.tp
     engine = config.engine
     blocks = config.kv_blocks
+    if config.system_options.get("kv") == "unlimited":
+        blocks = unlimited_blocks(config)
     if blocks is None:
         blocks = kv_capacity_blocks(
             model, hardware, tp, engine.block_size, config.gpu_memory_utilization,
@@ -76,11 +78,20 @@ def cluster_model(config: RunConfig) -> ClusterModel:
     )
 
 
+def unlimited_blocks(config: RunConfig) -> int:
+    """More KV blocks than an instance can ever fill: as many requests as may run, each as long as may be."""
+    if config.kv_blocks is not None:
+        raise ConfigError(f"engine.kv_blocks={config.kv_blocks}: system={config.system} has KV without limit; use null")
+    engine = config.engine
+    longest = -(-engine.max_model_len // engine.block_size) + 1
+    return int(engine.max_num_seqs * longest / (1 - engine.watermark)) + 1
+
+
 def _estimates(config: RunConfig) -> dict[str, float]:
     """What a policy that plans by cost may plan with: fits on a training split, profiled boundaries and the links'
     bandwidths, as plain numbers, from a cost model of its own; never the executor's object."""
     options, tp, hardware = config.system_options, config.cluster.tp, config.hardware
-    plans = {"lookahead", "migration"} & set(options) or options.get("mode") == "proactive"
+    plans = {"lookahead", "migration", "actions"} & set(options) or options.get("mode") == "proactive"
     if not plans or config.cost_source != "operators":
         return {}
     model = replace(config.model, dtype_bytes=hardware.dtype_bytes)
@@ -90,6 +101,12 @@ def _estimates(config: RunConfig) -> dict[str, float]:
         from common.cost.estimate import extra
 
         return {**extra(cost, config.engine.max_num_batched_tokens), **links}
+    if "actions" in options:
+        from common.cost.estimate import extra
+
+        host = pcie(hardware)
+        rates = {"pcie_bandwidth": host.bandwidth * tp, "pcie_latency_ns": float(host.latency_ns)}
+        return {**extra(cost, config.engine.max_num_batched_tokens), **rates}
     if "migration" in options:
         prefill_ns = cost.iteration_ns([(PROFILE_TOKENS, 0)], 0, 0, 1)
         return {"prefill_tokens_per_s": PROFILE_TOKENS * 1e9 / prefill_ns, **links}

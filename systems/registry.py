@@ -16,10 +16,72 @@ Factory = Callable[[ClusterInfo, EngineConfig, Mapping[str, Any]], Policy]
 def _vllm(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     from systems.baselines.vllm import VllmPolicy
 
-    dispatch = options.get("dispatch", "least_outstanding")
-    if dispatch not in ("round_robin", "least_outstanding"):
-        raise ConfigError(f"system.dispatch={dispatch!r} is unknown; choose one of: round_robin, least_outstanding")
-    return VllmPolicy(cluster, engine, dispatch)
+    return VllmPolicy(cluster, engine, _dispatch(options))
+
+
+def _dispatch(options: Mapping[str, Any]) -> Any:
+    return _choose(options, "dispatch", "least_outstanding", ("round_robin", "least_outstanding"))
+
+
+def _vllm_pp(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.baselines.vllm_pp import VllmPpPolicy
+
+    stages = options.get("stages", 2)
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise ConfigError(f"system.stages={stages!r}: give a whole number of at least 1")
+    return VllmPpPolicy(cluster, engine, stages, _dispatch(options))
+
+
+def _static_pp(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    """`vllm_pp` of any depth; null: one pipeline of all instances. bench/static_pp.py picks the best per trace."""
+    stages = options.get("stages")
+    return _vllm_pp(cluster, engine, {**options, "stages": len(cluster.instances) if stages is None else stages})
+
+
+def _infinite_kv(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    """An oracle: vllm whose executor has been given KV without limit (`system.kv=unlimited`)."""
+    from systems.baselines.vllm import VllmPolicy
+
+    _choose(options, "kv", "unlimited", ("unlimited",))
+    longest = -(-engine.max_model_len // engine.block_size)
+    for info in cluster.instances:
+        if info.kv_cells < engine.max_num_seqs * longest * info.num_layers:
+            raise ConfigError(f"system=infinite_kv: instance {info.instance} has {info.kv_cells} KV cells, which is a "
+                              "limit")  # fmt: skip
+    return VllmPolicy(cluster, engine, _dispatch(options))
+
+
+def _llumnix(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.baselines.llumnix import LlumnixConfig, LlumnixPolicy
+
+    migrate, drain = options.get("migrate", True), options.get("drain") or []
+    if not isinstance(migrate, bool):
+        raise ConfigError(f"system.migrate={migrate!r}: use true or false")
+    if not isinstance(drain, list | tuple) or not all(_is_drain(pair) for pair in drain):
+        raise ConfigError(f"system.drain={drain!r}: give [[seconds, instance], …], or []")
+    config = LlumnixConfig(
+        poll_ns=max(1, int(_share(options, "poll_ms", 100, 1e6) * 1e6)),
+        threshold=_share(options, "threshold", 3.0, 1e6),
+        migrate=migrate,
+        drain=tuple((int(seconds * 1e9), instance) for seconds, instance in drain),
+    )
+    return LlumnixPolicy(cluster, engine, config)
+
+
+def _is_drain(pair: Any) -> bool:
+    return (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], int | float) and pair[0] >= 0
+            and isinstance(pair[1], int) and not isinstance(pair[1], bool))  # fmt: skip
+
+
+def _infercept(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.baselines.infercept import InferCeptPolicy
+    from systems.baselines.waste import Action
+
+    names = [action.value for action in Action]
+    given = options.get("actions", names)
+    if not isinstance(given, list | tuple) or "discard" not in given or not set(given) <= set(names):
+        raise ConfigError(f"system.actions={given!r}: give a list of {', '.join(names)}; discard must be among them")
+    return InferCeptPolicy(cluster, engine, tuple(Action(name) for name in given), _dispatch(options))
 
 
 def _kunserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
@@ -109,6 +171,11 @@ def _consolidating(name: str) -> Factory:
 CONSOLIDATING = ("best_fit", "worst_fit", "first_fit", "load_balance", "load_balance_drain", "ffd_repack")
 FACTORIES: dict[str, Factory] = {
     "vllm": _vllm,
+    "vllm_pp": _vllm_pp,
+    "static_pp": _static_pp,
+    "infinite_kv": _infinite_kv,
+    "llumnix": _llumnix,
+    "infercept": _infercept,
     "kunserve": _kunserve,
     "infinite_llm": _infinite_llm,
     "memserve": _memserve,

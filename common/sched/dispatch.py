@@ -32,7 +32,7 @@ class Dispatcher:
             return order[(self._next - 1) % len(order)]
         lanes, chosen = self.lanes, self._chosen
         if len(lanes) <= SCANNED:
-            ranks = [(len(lane.waiting) + len(lane.running), chosen[index], index) for index, lane in lanes.items()]
+            ranks = [(lane.outstanding(), chosen[index], index) for index, lane in lanes.items()]
             instance = min(ranks)[2]
         else:
             instance = self._least_in_heap()
@@ -52,7 +52,7 @@ class Dispatcher:
             return
         if len(self._least) > 64 + 8 * len(self.lanes):
             self._rank()
-        heapq.heappush(self._least, (len(lane.waiting) + len(lane.running), self._chosen[instance], instance))
+        heapq.heappush(self._least, (lane.outstanding(), self._chosen[instance], instance))
 
     def _least_in_heap(self) -> int:
         least, chosen = self._least, self._chosen

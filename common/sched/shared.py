@@ -40,6 +40,10 @@ class Feeder(Protocol):
         """A part could not be taken: cut anew next time."""
         ...
 
+    def clear(self) -> None:
+        """Forget everything: the lanes are gone."""
+        ...
+
     def reached(self, lane: int, request_id: int) -> None:
         """A part that was not its request's last has been computed."""
         ...

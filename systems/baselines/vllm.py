@@ -85,21 +85,24 @@ class VllmPolicy:
             return
         instance = event.lane % len(self.cluster.instances)
         lane = self.lanes[instance]
-        waiting, running = lane.waiting, lane.running
-        before = len(waiting) + len(running)
+        before = lane.outstanding()
         lane.step_done(event, out)
         lane.schedule(out)
-        if len(waiting) + len(running) != before:
+        if lane.outstanding() != before:
             self.dispatcher.note(instance, lane)
 
     # ------------------------------------------------------------ membership
+
+    def make_lane(self, lane_id: int, stages: tuple[Stage, ...], blocks: int) -> LaneScheduler:
+        """The scheduler of an instance that came up."""
+        return LaneScheduler(lane_id, stages, blocks, self.engine)
 
     def _up(self, event: InstanceUp, out: list[Command]) -> None:
         layers = self.cluster.instances[event.instance].num_layers
         stages = (Stage(event.instance, (0, layers)),)
         start = self._starts[event.instance] = self._starts.get(event.instance, -1) + 1
         lane_id = event.instance + start * len(self.cluster.instances)  # an instance that is back has a new lane
-        lane = LaneScheduler(lane_id, stages, event.kv_cells // layers, self.engine)
+        lane = self.make_lane(lane_id, stages, event.kv_cells // layers)
         self.lanes[event.instance] = lane
         self.dispatcher.added(event.instance)
         orphans, self._orphans = self._orphans, []

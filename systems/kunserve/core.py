@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from common.sched.lane import EngineConfig, Seq
+from common.sched.laneset import LaneSet
 from common.sched.ledger import CellLedger
 from common.sched.shared import SharedLane
 from common.types import Abort, ClusterInfo, Command, Event, FreeSpan, Layers, Mark, Stage
 from systems.kunserve.feeder import LookaheadFeeder
-from systems.kunserve.group import Group, LaneSet
+from systems.kunserve.group import Group
 from systems.kunserve.lookahead import Costs
 from systems.kunserve.options import Options
 from systems.kunserve.state import State

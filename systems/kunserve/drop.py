@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from common.errors import ContractError
+from common.sched.laneset import LaneSet
 from common.sched.shared import SharedLane
 from common.types import Command, DropLayers, Interrupt, Layers, LayersDropped, Status, StepDone
 from systems.kunserve.core import Core
 from systems.kunserve.exchange import Exchange
-from systems.kunserve.group import Group, LaneSet, Parked
+from systems.kunserve.group import Group, Parked
 from systems.kunserve.restore import drained
 from systems.kunserve.slices import merge_slices, without
 from systems.kunserve.state import Happening, State

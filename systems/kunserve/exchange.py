@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 
+from common.sched.laneset import LaneSet
 from common.types import Command, CopyDone, CopySpan, FreeSpan, Layers, Stage, Status
 from systems.kunserve.core import Core
-from systems.kunserve.group import Group, LaneSet, Parked
+from systems.kunserve.group import Group, Parked
 from systems.kunserve.lookahead import Chunk
 from systems.kunserve.slices import overlap, without
 from systems.kunserve.state import Happening, State

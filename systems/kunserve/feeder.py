@@ -64,6 +64,11 @@ class LookaheadFeeder:
         """Cut anew next time: memory or the order of the queue has changed."""
         self._plan.clear()
 
+    def clear(self) -> None:
+        """Forget the cut, and who computes what."""
+        self.stop()
+        self.front.clear()
+
     def reached(self, lane: int, request_id: int) -> None:
         """That part's KV is held now: what follows it needs no front."""
         if self.front.get(request_id) == lane:
