@@ -99,7 +99,11 @@ class GManager:
                 table.pop(entry.request_id, None)
         self.loads[instance] = message.load
         self._fresh[instance] = None
+        self.took(now_ns, message)
         self._plan(now_ns, out)
+
+    def took(self, now_ns: int, message: Heartbeat) -> None:
+        """A heartbeat has been taken in (v1 keeps its ledger by it)."""
 
     # ------------------------------------------------------------ advice
 
@@ -122,7 +126,7 @@ class GManager:
 
     def _need(self, now_ns: int, need: Need, out: list[Command]) -> None:
         if not need.admission:
-            self._tell(need.instance, Offer(need.request_id, False, self.divide(need, False)), out)
+            self.offer_relief(now_ns, need, out)
         elif self.token is not None and self.token[0] == need.request_id:
             self.token = (need.request_id, need.instance, now_ns)
             if not need.holding:
@@ -139,6 +143,10 @@ class GManager:
             for instance in self.members:
                 if instance not in self.loads:
                     self._tell(instance, Resync(), out)  # its first heartbeat was lost
+
+    def offer_relief(self, now_ns: int, need: Need, out: list[Command]) -> None:
+        """Where blocks of a running request could go."""
+        self._tell(need.instance, Offer(need.request_id, False, self.divide(need, False)), out)
 
     def _next_admission(self, now_ns: int, out: list[Command]) -> None:
         if self.token is not None and now_ns - self.token[2] > 5 * self.settings.period_ns:

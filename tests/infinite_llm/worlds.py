@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
@@ -68,11 +68,16 @@ class World:
         return {"faults": faults, "message_faults": Fate(*self.fate) if self.fate else None}
 
     def run(self) -> Run:
-        model = self.model()
-        record = RunRecord(RequestColumns.empty(len(self.requests)))
-        run = Run(self, SimExecutor(model, self.workload(), record, **self.options()), self.policy(model))
+        """To its end."""
+        run = self.start()
         run.drive()
         return run
+
+    def start(self) -> Run:
+        """Not driven yet."""
+        model = self.model()
+        record = RunRecord(RequestColumns.empty(len(self.requests)))
+        return Run(self, SimExecutor(model, self.workload(), record, **self.options()), self.policy(model))
 
 
 class Run:
@@ -132,7 +137,7 @@ class Run:
 
 
 @st.composite
-def worlds(draw, faults: bool = True, gm: bool = True, losses: bool = True) -> World:
+def worlds(draw, faults: bool = True, gm: bool = True, losses: bool = True, debt: bool = False) -> World:
     instances = draw(st.integers(2, 5))
     blocks = draw(st.integers(8, 24))
     pool = instances * blocks * 16
@@ -144,6 +149,10 @@ def worlds(draw, faults: bool = True, gm: bool = True, losses: bool = True) -> W
         settings = Settings(mode=draw(st.sampled_from(("reactive", "proactive"))), period_ns=draw(
             st.integers(1, 4)) * MS, lease_ns=400 * MS, margin_ns=200 * MS, pace=draw(st.sampled_from((0, 8, 16, 64))),
             low_share=draw(st.sampled_from((0.02, 0.2))), hysteresis=0.0, locality=draw(st.booleans()))  # fmt: skip
+    if debt:
+        settings = replace(settings, mode="debt", lend_cap=draw(st.sampled_from((0.25, 0.5, 1.0))),
+                           dgfm=draw(st.booleans()), dgfm_threshold=draw(st.integers(1, 4)), low_share=draw(
+            st.sampled_from((0.1, 0.3))), pace=draw(st.sampled_from((16, 64))))  # fmt: skip
     lost = ()
     if losses and draw(st.booleans()):
         count = draw(st.integers(1, instances - 1))
