@@ -9,7 +9,7 @@ from common.types import Command, MessageArrived
 from systems.infinite_llm.dgfm import Repair, find_cycle
 from systems.infinite_llm.gmanager import GManager
 from systems.infinite_llm.ledger import DebtLedger
-from systems.infinite_llm.messages import Frozen, Heartbeat, Need, Offer, Recalled
+from systems.infinite_llm.messages import Frozen, Heartbeat, Need, Offer, Recalled, Resync
 from systems.infinite_llm.planner import Planner
 from systems.infinite_llm.settings import Settings
 
@@ -27,6 +27,7 @@ class DebtGManager(GManager):
         self._number = epoch << 32  # a successor's repairs are not mistaken for its predecessor's
         self._repaired_ns = 0
         self._start = 0
+        self._pause = 1  # periods until the next repair may begin
 
     def message(self, now_ns: int, event: MessageArrived, out: list[Command]) -> None:
         """As the base's, and DGFM's answers."""
@@ -81,6 +82,9 @@ class DebtGManager(GManager):
             parts = self._candidates(now_ns, need)
             if parts:
                 self._tell(need.instance, Offer(need.request_id, True, parts), out)
+            else:  # perhaps the ledger is wrong: an idle instance has nothing to tell unless it is asked
+                for instance in self.members:
+                    self._tell(instance, Resync(), out)
 
     # ------------------------------------------------------------ repairs
 
@@ -91,8 +95,10 @@ class DebtGManager(GManager):
             self.repair.tick(now_ns, 4 * settings.period_ns, out)
         if self.repair is not None and self.repair.over:
             self.repairs.append((len(self.repair.cycle), self.repair.moved))
+            self._pause = 1 if self.repair.moved else 4  # what cannot be called home now may be later
             self.repair, self._repaired_ns = None, now_ns
-        if not settings.dgfm or self.repair is not None or now_ns - self._repaired_ns < settings.period_ns:
+        quiet = now_ns - self._repaired_ns
+        if not settings.dgfm or self.repair is not None or quiet < self._pause * settings.period_ns:
             return
         cycle = find_cycle(self.ledger.edges(), settings.dgfm_threshold, self._start)
         if cycle:

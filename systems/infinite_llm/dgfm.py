@@ -1,9 +1,9 @@
 """DGFM (v1): a cycle of debt is found, its instances freeze, and the same number of blocks comes home along it.
 
 Every instance of a cycle of k then holds w more blocks of its own and w fewer of its debtor's: nobody's use changes,
-and total debt falls by k * w. Where memory is full the free slots of one instance are the bounce buffer: its blocks
-come home first, which frees as many at the next. Notes on the paper walk from a random node; the start here rotates, for
-runs must repeat. Freezes end by themselves if the gManager dies.
+and total debt falls by k * w. Where memory is full, the free slots of one instance are the bounce buffer: its blocks
+come home first, which frees as many at the next. Notes on the paper walk from a random node; the start here rotates,
+for runs must repeat. Freezes end by themselves if the gManager dies.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ class RManager:
         self._sequence = 0
         self._full = True
         self._freeze: tuple[int, int] | None = None  # repair, when last told
+        self._asked: Freeze | None = None
         self._failing: int | None = None  # the creditor that our running step fails with
 
     def _tell(self, instance: int, message: Message, out: list[Command]) -> None:
@@ -143,19 +144,22 @@ class RManager:
     def _after(self, now_ns: int, out: list[Command]) -> None:
         if self.on:
             self.debtor.scheduled(now_ns, out)
+        if self._asked is not None and self.debtor.move is None:
+            asked, self._asked = self._asked, None
+            blocks = self.debtor.recaller.recallable(asked.creditor)
+            self._tell(GMANAGER_INSTANCE, Frozen(asked.repair, self.instance, blocks, self.lane.free), out)
 
     # ------------------------------------------------------------ DGFM (v1)
 
     def _repair(self, now_ns: int, message: Message, out: list[Command]) -> None:
         debtor = self.debtor
         if isinstance(message, Freeze):
-            taken = self._freeze is not None and self._freeze[0] != message.repair
-            blocks = 0
-            if not taken and (self._freeze is not None or debtor.move is None):
+            if self._freeze is None or self._freeze[0] == message.repair:
                 self._freeze = message.repair, now_ns
                 self._stand(True)
-                blocks = debtor.recaller.recallable(message.creditor)
-            self._tell(GMANAGER_INSTANCE, Frozen(message.repair, self.instance, blocks, self.lane.free), out)
+                self._asked = message  # answered when the move under way has ended
+            else:
+                self._tell(GMANAGER_INSTANCE, Frozen(message.repair, self.instance, 0, self.lane.free), out)
         elif isinstance(message, Recall):
             if self._freeze is not None and self._freeze[0] == message.repair:
                 debtor.recaller.ordered(now_ns, message, out)
@@ -168,7 +172,7 @@ class RManager:
         self.creditor.frozen = self.debtor.moves.frozen = self.lane.frozen = still
 
     def _unfreeze(self, now_ns: int, out: list[Command]) -> None:
-        self._freeze = None
+        self._freeze = self._asked = None
         self._stand(False)
         self.lane.poke(out)
         self.debtor.moves.start(now_ns, out)

@@ -11,12 +11,14 @@ from systems.infinite_llm.debt_gmanager import DebtGManager
 from systems.infinite_llm.dgfm import cancel, find_cycle
 from systems.infinite_llm.ledger import NUM_CANDIDATES, DebtLedger
 from tests.infinite_llm.test_laws import assert_all_ended
-from tests.infinite_llm.worlds import World, worlds
+from tests.infinite_llm.worlds import CYCLE, World, crowded, worlds
 
 NIGHTLY = bool(os.environ.get("KVPLANE_NIGHTLY"))
 LAW = settings(max_examples=2000 if NIGHTLY else 60, deadline=None, derandomize=not NIGHTLY,
                suppress_health_check=list(HealthCheck),
                phases=tuple(Phase) if NIGHTLY else (Phase.explicit, Phase.generate))  # fmt: skip
+
+NODE = st.integers(0, 5)
 
 
 @LAW
@@ -86,8 +88,8 @@ def test_a_pass_lowers_total_debt_and_changes_nobodys_use(case) -> None:
 
 
 @LAW
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 40), st.dictionaries(st.integers(0, 5), st.integers(0, 30))),
-                max_size=8), st.integers(0, 5), st.sampled_from((0.25, 1.0)))  # fmt: skip
+@given(st.lists(st.tuples(NODE, st.integers(0, 40), st.dictionaries(NODE, st.integers(0, 30))), max_size=8), NODE,
+       st.sampled_from((0.25, 1.0)))  # fmt: skip
 def test_candidates_are_three_at_most_near_first_and_within_the_cap(news, debtor: int, cap: float) -> None:
     ledger = DebtLedger(cap)
     for now, (instance, free, lent) in enumerate(news):
@@ -136,9 +138,17 @@ class Passes:
 
 
 @LAW
-@given(worlds(debt=True, faults=False, losses=False, gm=False))
+@given(crowded())
 def test_passes_bring_the_same_number_home_everywhere(world: World) -> None:
     run = world.start()
     passes = Passes(run)
     run.drive(passes.look)
     assert_all_ended(run)
+
+
+def test_a_cycle_of_debt_is_found_and_repaired() -> None:
+    run = CYCLE.start()
+    passes = Passes(run)
+    run.drive(passes.look)
+    assert_all_ended(run)
+    assert passes.balanced and passes.moved and any(moved for _, moved in run.policy.gmanager.repairs)

@@ -123,6 +123,8 @@ class Run:
             assert lane.free + lane.lent <= lane.num_blocks
             for pieces in lane.borrowed.pieces.values():
                 for piece in pieces:
+                    if not piece.try_id:
+                        continue  # called home
                     borrowed[piece.creditor] = borrowed.get(piece.creditor, 0) + piece.num_blocks
                     named.setdefault(piece.creditor, set()).add(piece.try_id)
         for instance, manager in self.policy.managers.items():
@@ -166,3 +168,19 @@ def worlds(draw, faults: bool = True, gm: bool = True, losses: bool = True, debt
         fate = (draw(st.integers(0, 99)), draw(st.sampled_from((0.0, 0.1, 0.3))), draw(st.sampled_from((0.0, 0.3))),
                 draw(st.sampled_from((0, 100_000, 5 * MS))))  # fmt: skip
     return World(instances, blocks, requests, settings, lost, lost_gm, fate, draw(st.sampled_from((32, 64, 512))))
+
+
+CYCLE = World(3, 16, ((5611, 142, 100), (3389, 259, 79), (11014, 229, 105), (14158, 230, 25), (14199, 160, 87),
+                      (19599, 185, 72)), replace(FAST, mode="debt", lend_cap=1.0, dgfm_threshold=1, pace=64,
+                                                 low_share=0.3), budget=512)  # fmt: skip
+
+
+@st.composite
+def crowded(draw) -> World:
+    """v1, with long outputs that come and go, so that who lent yesterday borrows today: cycles of debt arise."""
+    instances, blocks = draw(st.integers(2, 4)), draw(st.integers(16, 24))
+    requests = tuple(draw(st.lists(st.tuples(st.integers(0, 20_000), st.integers(16, blocks * 18),
+                                             st.integers(20, 250)), min_size=4, max_size=12)))  # fmt: skip
+    made = replace(FAST, mode="debt", lend_cap=1.0, dgfm_threshold=draw(st.integers(1, 2)), pace=64,
+                   low_share=draw(st.sampled_from((0.15, 0.3))))  # fmt: skip
+    return World(instances, blocks, requests, made, budget=draw(st.sampled_from((64, 512))))
