@@ -22,6 +22,14 @@ def _vllm(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]
     return VllmPolicy(cluster, engine, dispatch)
 
 
+def _vllm_single(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.baselines.single import SinglePolicy
+
+    if options.get("span") != "cluster":
+        raise ConfigError("system.span: vllm_single needs span=cluster")
+    return SinglePolicy(cluster, engine)
+
+
 def _kunserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     from systems.kunserve.options import Options
     from systems.kunserve.policy import KunServePolicy
@@ -109,6 +117,7 @@ def _consolidating(name: str) -> Factory:
 CONSOLIDATING = ("best_fit", "worst_fit", "first_fit", "load_balance", "load_balance_drain", "ffd_repack")
 FACTORIES: dict[str, Factory] = {
     "vllm": _vllm,
+    "vllm_single": _vllm_single,
     "kunserve": _kunserve,
     "infinite_llm": _infinite_llm,
     "memserve": _memserve,
