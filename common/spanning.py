@@ -49,6 +49,7 @@ def stage_cells(config: RunConfig, index: int) -> int:
     if blocks is None:
         blocks = kv_capacity_blocks(
             model, config.hardware, config.cluster.tp, engine.block_size, config.gpu_memory_utilization, None,
-            high - low, index == 0, index == stages - 1, engine.max_num_batched_tokens, engine.max_num_seqs, config.traits,
+            high - low, index == 0, index == stages - 1, engine.max_num_batched_tokens, engine.max_num_seqs,
+            config.traits,
         )  # fmt: skip
     return blocks * (high - low)

@@ -21,7 +21,7 @@ from systems.infinite_llm.messages import (
     Settled,
     manager_name,
 )
-from systems.infinite_llm.planner import Planner, View
+from systems.infinite_llm.planner import Planner, View, scatter
 from systems.infinite_llm.settings import Settings
 
 
@@ -41,6 +41,7 @@ class GManager:
         self.num_plans = 0
         self._sequence: dict[int, int] = {}
         self._planned_ns = 0
+        self._choices = 0
         self._fresh: dict[int, None] = {}
 
     def start(self, out: list[Command]) -> None:
@@ -184,5 +185,8 @@ class GManager:
         """Possible creditors, most free first; with `locality` those of its node before the others."""
         others = [instance for instance in self.loads if instance != debtor]
         node = self.nodes[debtor]
+        if self.settings.creditor == "random":
+            self._choices += 1
+            return sorted(others, key=lambda i: scatter(i, self._choices))
         far = self.settings.locality
         return sorted(others, key=lambda i: (far and self.nodes[i] != node, -self.loads[i].free, i))

@@ -60,7 +60,8 @@ class InfiniteLlmPolicy:
     def _new_gmanager(self) -> GManager:
         settings = self.settings
         planner = Planner(Throughput.from_extra(self.cluster.extra), self.cluster.block_size, max(1, settings.pace),
-                          settings.hysteresis, settings.horizon_iterations)  # fmt: skip
+                          settings.hysteresis, settings.horizon_iterations,
+                          scattered=settings.creditor == "random")  # fmt: skip
         nodes = {info.instance: info.node for info in self.cluster.instances}
         if settings.mode == "debt":
             self._epoch += 1

@@ -55,6 +55,8 @@ def from_options(options: Mapping[str, Any]) -> Settings:
         raise ConfigError(f"system.creditor={made.creditor!r} is unknown; choose one of: {', '.join(CREDITORS)}")
     if not 0 < made.lend_cap <= 1 or made.dgfm_threshold < 1:
         raise ConfigError("system: need 0 < lend_cap <= 1 and dgfm_threshold >= 1")
+    if made.mode == "debt" and made.creditor == "random":
+        raise ConfigError("system.creditor=random is an ablation of mode=proactive and reactive, not of debt")
     if made.pace < 0 or made.period_ns <= 0 or made.margin_ns + 3 * made.period_ns > made.lease_ns:
         raise ConfigError("system: need pace >= 0 and lease_ms >= margin_ms + 3 x period_ms")
     return made
