@@ -95,7 +95,7 @@ def capacity() -> None:
     axis.set_xticks(place, [f"{row['model']}\n{row['instances']} instances" for row in rows])
     axis.set_ylabel("longest context, K tokens")
     axis.set_title("32 A100-80GB, simulated; dotted: 2,000K", fontsize=9)
-    axis.set_ylim(top=9000)
+    axis.set_ylim(top=40000)
     axis.legend(fontsize=8, loc="upper left")
     keep("capacity", rows, figure)
 

@@ -162,7 +162,7 @@ def fig8(num: int) -> None:
 
 def main() -> int:
     """One of the experiments."""
-    jobs = {"ladder": (ladder, 400), "mooncake": (mooncake, 3000), "fig8": (fig8, 200)}
+    jobs = {"ladder": (ladder, 400), "mooncake": (mooncake, 12031), "fig8": (fig8, 1000)}
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         raise ConfigError(f"which of {', '.join(jobs)}?")
     job, num = jobs[sys.argv[1]]

@@ -39,6 +39,12 @@ def mean(rows: list[dict[str, Any]], key: str) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
+def _same_seeds(rows: list[dict[str, Any]], group: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those with the seeds of `group`: what is compared served the same requests."""
+    seeds = {row["case"]["seed"] for row in group}
+    return [row for row in rows if row["case"]["seed"] in seeds]
+
+
 def paper_bar(experiment: str, load: str, system: str) -> float | None:
     """The paper's mean number of GPUs."""
     if experiment in PAPER and system in PAPER[experiment]:
@@ -52,7 +58,7 @@ def table(rows: Rows) -> list[str]:
              "paper: MELL vs it | used | moves/s group, request | done KV, tokens | TTFT P50 s | TTFT P99 s | "
              "TPOT P50 ms | TPOT P99 ms | stall P50 ms |", "|---|---|---|--:" + "|--:" * 15 + "|"]  # fmt: skip
     for (experiment, load, system, variant), group in rows.items():
-        mell = rows.get((experiment, load, "mell", ""), [])
+        mell = _same_seeds(rows.get((experiment, load, "mell", ""), []), group)
         bar, mell_bar = paper_bar(experiment, load, system), paper_bar(experiment, load, "mell")
         ours = 100 * (mean(mell, "plan_mean") / mean(group, "plan_mean") - 1) if mell else float("nan")
         cells = [

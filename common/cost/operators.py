@@ -153,10 +153,7 @@ class Operators:
             one = times[row][0] if first else times[row]
             h, kv = configurations[row].tolist()
             scaled.append(self._rescale(one, work_of(h, kv, sizes[row]), target, float(one.min())))
-        if len(scaled) == 1:
-            return scaled[0]
-        mean: Array = np.exp(weights @ np.log(scaled).reshape(len(scaled), -1)).reshape(scaled[0].shape)
-        return mean
+        return _geometric(scaled, weights)
 
     def prefill(self, heads: int, kv_heads: int, head_dim: int) -> Lattice:
         """A chunk of x tokens behind y cached ones, alone in its batch."""
@@ -224,10 +221,17 @@ class Operators:
         prefix = "mix" if grid.has("mix_dec") else "dec"
         x, y = grid.knots(f"{prefix}_batch"), grid.knots(f"{prefix}_context")
         target = self.roof.decode(x[:, None], y[None, :], heads, kv_heads, head_dim)
-        table = "mix_dec" if prefix == "mix" else "dec"
-        scaled = self._from_heads(
-            table, heads, kv_heads, target, lambda h, kv, size: source.decode(x[:, None], y[None, :], h, kv, size)
-        )
+        times = grid.times(f"{prefix}_dec" if prefix == "mix" else prefix)
+        configurations, sizes = grid.arrays[f"{prefix}_heads"], head_sizes(grid, prefix)
+        rows, weights = head_weights(configurations, heads, kv_heads)
+        parts = []
+        for row in rows:
+            h, kv = configurations[row].tolist()
+            batch = x * (kv_heads / kv)  # kernels launch per request and KV head: as many thread blocks as measured
+            same = _at_batch(x, times[row], batch)
+            work = source.decode(batch[:, None], y[None, :], h, kv, sizes[row])
+            parts.append(self._rescale(same, work, target, float(times[row].min())))
+        scaled = _geometric(parts, weights)
         growing = (1,) if grid.meta.get("dense") else (0, 1)  # 2024's kernel splits KV by the batch it sees
         scaled = np.maximum(never_less(scaled, *growing), target)
         x = np.append(x, 4 * x[-1])
@@ -259,6 +263,22 @@ class Operators:
         chunk = self.prefill(heads, kv_heads, head_dim).at(axes[0], axes[1])[:, :, None, None]
         decode = self.decode(heads, kv_heads, head_dim).at(axes[2], axes[3])[None, None]
         return Mixing(axes, (chunk + np.where(added > 0, added * scale, added)) / (chunk + decode))
+
+
+def _geometric(times: list[Array], weights: Array) -> Array:
+    """The weighted geometric mean."""
+    if len(times) == 1:
+        return times[0]
+    mean: Array = np.exp(weights @ np.log(times).reshape(len(times), -1)).reshape(times[0].shape)
+    return mean
+
+
+def _at_batch(x: Array, times: Array, batch: Array) -> Array:
+    """Rows of a table over batch sizes `x` at others: linear, in proportion beyond the last, held below the first."""
+    inside = np.array([np.interp(batch, x, column) for column in times.T]).T
+    beyond = times[-1][None, :] * (batch / x[-1])[:, None]
+    rows: Array = np.where(batch[:, None] > x[-1], beyond, inside)
+    return rows
 
 
 def attention_floor(grid: Grid) -> float:

@@ -253,6 +253,17 @@ def test_fewer_requests_or_shorter_contexts_never_decode_longer(name, heads) -> 
     assert np.all(np.diff(several, axis=0) >= 0)
 
 
+@pytest.mark.parametrize("card", ["a100-80g", "h100-80g", "l40s"])
+def test_more_kv_heads_than_were_measured_decode_like_more_requests(card) -> None:
+    """Kernels launch per request and KV head. Without it a 120K-token request of Llama-2-7B took 11 times its reads."""
+    operators = cost(card=card).operators
+    context = np.array([1024.0, 8192.0, 131072.0])
+    measured, wide = operators.decode(8, 8, 128), operators.decode(32, 32, 128)
+    for batch in (1.0, 4.0, 16.0):
+        many, few = wide.at(np.array([batch]), context), measured.at(np.array([4 * batch]), context)
+        assert many == pytest.approx(few, rel=0.03), batch
+
+
 def test_the_card_of_2024_adds_what_its_engine_launched_apart_and_shares_no_table_with_the_newer_one() -> None:
     then, now = cost("llama2-70b", "a100-80g-2024", 2), cost("llama2-70b", "a100-80g", 2)
     chunk, decodes = then.attention_ns([(512, 512)], 0, 0), then.attention_ns((), 9, 1200)
