@@ -1,6 +1,7 @@
 """python -m bench.infinite_llm_ablations: what each part of Infinite-LLM does, simulated; several seeds.
 
-Every variant sees the same requests at the same times. Writes results/infinite_llm/ablations.json and .md.
+Every variant sees the same requests at the same times. Writes results/infinite_llm/ablations.json and .md
+(ablations_32 and so on for other numbers of instances).
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
-def measure(overrides: list[str], seed: int) -> dict[str, Any]:
+def measure(overrides: list[str], seed: int, instances: int) -> dict[str, Any]:
     """One run's numbers; a part of a run is no result."""
     begin = time.perf_counter()
     name = f"run.name=infinite_llm_ablations/s{seed}"
-    outcome = execute(compose([*BASE, *overrides, f"seed={seed}", name]), quiet=True)
+    size = [f"cluster.num_instances={instances}", f"workload.rate={1.5 * instances}"]
+    outcome = execute(compose([*BASE, *size, *overrides, f"seed={seed}", name]), quiet=True)
     if outcome.manifest["stopped"]:
         raise SystemExit(f"{overrides}: {outcome.manifest['stopped']}")
     found = {key: outcome.summary.get(key) for key in KEPT}
@@ -77,14 +79,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--instances", type=int, default=8, help="of one GPU; the rate grows with them")
     options = parser.parse_args()
+    file = "ablations" if options.instances == 8 else f"ablations_{options.instances}"
     rows: list[dict[str, Any]] = []
     for seed in options.seeds:
         for variant in options.variants:
-            rows.append({"variant": variant, "seed": seed, **measure(VARIANTS[variant], seed)})
+            rows.append({"variant": variant, "seed": seed, **measure(VARIANTS[variant], seed, options.instances)})
             print(json.dumps(rows[-1]), flush=True)
-            (ROOT / "ablations.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            (ROOT / "ablations.md").write_text(table(rows), encoding="utf-8")
+            (ROOT / f"{file}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            (ROOT / f"{file}.md").write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
