@@ -13,6 +13,7 @@ from common.cost.transfer import Link, nic, nvlink, pcie, startup_ns
 from common.errors import ConfigError
 from common.executors.cluster import ClusterModel, StageCost
 from common.executors.network import LinkSpec
+from common.spanning import spanning, stage_cells
 from common.types import InstanceInfo
 
 PROFILE_TOKENS = 1024  # of the one prompt that the profile for policies measures, alone on an idle instance
@@ -20,12 +21,14 @@ PROFILE_TOKENS = 1024  # of the one prompt that the profile for policies measure
 
 def cluster_model(config: RunConfig) -> ClusterModel:
     """The cluster that a configuration describes; CapacityError when the model does not fit."""
+    whole = config.system_options.get("span") == "cluster"
+    config = spanning(config) if whole else config
     model, hardware, tp = config.model, config.hardware, config.cluster.tp
     engine = config.engine
     blocks = config.kv_blocks
     if config.system_options.get("kv") == "unlimited":
         blocks = unlimited_blocks(config)
-    if blocks is None:
+    if blocks is None and not whole:
         blocks = kv_capacity_blocks(
             model, hardware, tp, engine.block_size, config.gpu_memory_utilization,
             max_num_batched_tokens=engine.max_num_batched_tokens, max_num_seqs=engine.max_num_seqs,
@@ -39,7 +42,7 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         InstanceInfo(
             instance=index,
             num_layers=model.num_layers,
-            kv_cells=blocks * model.num_layers,
+            kv_cells=stage_cells(config, index) if whole else (blocks or 0) * model.num_layers,
             cell_bytes=cell_bytes,
             layer_param_bytes=model.layer_bytes,
             node=index // (config.cluster.gpus_per_node // tp),

@@ -84,6 +84,14 @@ def _infercept(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str,
     return InferCeptPolicy(cluster, engine, tuple(Action(name) for name in given), _dispatch(options))
 
 
+def _vllm_single(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.baselines.single import SinglePolicy
+
+    if options.get("span") != "cluster":
+        raise ConfigError("system.span: vllm_single needs span=cluster")
+    return SinglePolicy(cluster, engine)
+
+
 def _kunserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     from systems.kunserve.options import Options
     from systems.kunserve.policy import KunServePolicy
@@ -176,6 +184,7 @@ FACTORIES: dict[str, Factory] = {
     "infinite_kv": _infinite_kv,
     "llumnix": _llumnix,
     "infercept": _infercept,
+    "vllm_single": _vllm_single,
     "kunserve": _kunserve,
     "infinite_llm": _infinite_llm,
     "memserve": _memserve,

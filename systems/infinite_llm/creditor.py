@@ -28,11 +28,16 @@ class Waiting:
 class Creditor:
     """Owns the table of what its instance has lent."""
 
-    def __init__(self, instance: int, lane: SpanLane, lease_ns: int, keep: int, tell: Tell) -> None:
+    def __init__(
+        self, instance: int, lane: SpanLane, lease_ns: int, keep: int, tell: Tell, cap: int | None = None
+    ) -> None:
         self.instance = instance
         self.lane = lane
         self.lease_ns = lease_ns
         self.keep = keep  # free blocks that moves leave; admissions of giants may take all
+        self.cap = lane.num_blocks if cap is None else cap  # blocks lent at most
+        self.refuses = cap is not None  # v1: nobody waits here, not even for a giant
+        self.frozen = False  # a repair is under way: lend nothing
         self.tell = tell
         self.lent = LentTable()
         self.queue: list[Waiting] = []
@@ -44,8 +49,8 @@ class Creditor:
             return
         if any(item.message.try_id == message.try_id for item in self.queue):
             return
-        queued = any(item.message.wait for item in self.queue)
-        if message.num_blocks > self.lane.num_blocks or (queued and not message.wait):
+        queued = any(item.message.wait for item in self.queue) and not self.refuses
+        if message.num_blocks > self.cap or self.frozen or (queued and not message.wait):
             self.tell(message.debtor, Answer(message.try_id, False), out)
             return
         self.queue.append(Waiting(message, now_ns + self.lease_ns))
@@ -58,12 +63,13 @@ class Creditor:
             return
         while self.queue:
             message = self.queue[0].message
-            if message.num_blocks <= self.lane.free - (0 if message.wait else self.keep):
+            room = min(self.lane.free - (0 if message.wait else self.keep), self.cap - self.lent.total)
+            if message.num_blocks <= room and not self.frozen:
                 grant = Grant(message.debtor, message.request_id, message.num_blocks, message.sequence,
                               now_ns + self.lease_ns)  # fmt: skip
                 self.lane.lend(message.num_blocks)
                 self.lent.lend(message.try_id, grant)
-            elif message.wait:
+            elif message.wait and not self.refuses:
                 break
             self.tell(message.debtor, Answer(message.try_id, message.try_id in self.lent.grants), out)
             del self.queue[0]
@@ -74,16 +80,21 @@ class Creditor:
         self.queue = [item for item in self.queue if item.message.try_id not in try_ids]
         self._back(now_ns, sum(self.lent.take_back(try_id) for try_id in try_ids), out)
 
+    def returned(self, now_ns: int, try_id: int, num_blocks: int, out: list[Command]) -> None:
+        """The debtor has called some of a reservation home."""
+        self._back(now_ns, self.lent.cut(try_id, num_blocks), out)
+
     def renewed(self, now_ns: int, message: Renew, out: list[Command]) -> None:
         """Leases run on; what the debtor should have named and did not lapses."""
-        blocks = self.lent.renew(message.debtor, message.sequence, message.try_ids, now_ns + self.lease_ns)
+        blocks = self.lent.renew(message.debtor, message.sequence, message.named, now_ns + self.lease_ns)
         if blocks is None:
             return
+        named = dict(message.named)
         for item in self.queue:
-            if item.message.try_id in message.try_ids:
+            if item.message.try_id in named:
                 item.expires_ns = now_ns + self.lease_ns
         self.queue = [item for item in self.queue
-                      if item.message.debtor != message.debtor or item.message.try_id in message.try_ids
+                      if item.message.debtor != message.debtor or item.message.try_id in named
                       or item.message.sequence > message.sequence]  # fmt: skip
         self._back(now_ns, blocks, out)
         self.tell(message.debtor, Renewed(self.instance, message.sequence), out)

@@ -21,7 +21,7 @@ from systems.infinite_llm.messages import (
     Settled,
     manager_name,
 )
-from systems.infinite_llm.planner import Planner, View
+from systems.infinite_llm.planner import Planner, View, scatter
 from systems.infinite_llm.settings import Settings
 
 
@@ -41,6 +41,7 @@ class GManager:
         self.num_plans = 0
         self._sequence: dict[int, int] = {}
         self._planned_ns = 0
+        self._choices = 0
         self._fresh: dict[int, None] = {}
 
     def start(self, out: list[Command]) -> None:
@@ -99,7 +100,11 @@ class GManager:
                 table.pop(entry.request_id, None)
         self.loads[instance] = message.load
         self._fresh[instance] = None
+        self.took(now_ns, message)
         self._plan(now_ns, out)
+
+    def took(self, now_ns: int, message: Heartbeat) -> None:
+        """A heartbeat has been taken in (v1 keeps its ledger by it)."""
 
     # ------------------------------------------------------------ advice
 
@@ -122,7 +127,7 @@ class GManager:
 
     def _need(self, now_ns: int, need: Need, out: list[Command]) -> None:
         if not need.admission:
-            self._tell(need.instance, Offer(need.request_id, False, self.divide(need, False)), out)
+            self.offer_relief(now_ns, need, out)
         elif self.token is not None and self.token[0] == need.request_id:
             self.token = (need.request_id, need.instance, now_ns)
             if not need.holding:
@@ -139,6 +144,10 @@ class GManager:
             for instance in self.members:
                 if instance not in self.loads:
                     self._tell(instance, Resync(), out)  # its first heartbeat was lost
+
+    def offer_relief(self, now_ns: int, need: Need, out: list[Command]) -> None:
+        """Where blocks of a running request could go."""
+        self._tell(need.instance, Offer(need.request_id, False, self.divide(need, False)), out)
 
     def _next_admission(self, now_ns: int, out: list[Command]) -> None:
         if self.token is not None and now_ns - self.token[2] > 5 * self.settings.period_ns:
@@ -176,5 +185,8 @@ class GManager:
         """Possible creditors, most free first; with `locality` those of its node before the others."""
         others = [instance for instance in self.loads if instance != debtor]
         node = self.nodes[debtor]
+        if self.settings.creditor == "random":
+            self._choices += 1
+            return sorted(others, key=lambda i: scatter(i, self._choices))
         far = self.settings.locality
         return sorted(others, key=lambda i: (far and self.nodes[i] != node, -self.loads[i].free, i))

@@ -27,6 +27,10 @@ class SpanLane(LaneScheduler):
         self.homeless: list[Seq] = []  # preempted, and too large to come back without a loan
         self.released: list[Piece] = []  # no longer used since last asked
         self._switches: list[tuple[int, Piece]] = []
+        self._recall: tuple[int, int, int] | None = None  # request, reservation, blocks that have come home
+        self.recalled: Piece | None = None  # what is left of the piece that was called home at the last boundary
+        self._held: dict[str, None] = {}  # why nothing runs here for now
+        self.frozen = False  # a repair is under way: admit nobody
         self._expelled: dict[int, None] = {}
 
     # ------------------------------------------------------------ queries
@@ -49,9 +53,9 @@ class SpanLane(LaneScheduler):
         return self._blocks(seq.known + 1) + self.watermark > self.num_blocks
 
     def home_blocks(self, seq: Seq) -> int:
-        """Full blocks of a decoding request that are at home, at the last boundary."""
+        """Full blocks of a decoding request behind its last piece, at the last boundary: what may leave."""
         stored = seq.offset + self.iteration
-        return stored // self.config.block_size - self.borrowed.blocks(seq.request_id)
+        return stored // self.config.block_size - self.borrowed.covered(seq.request_id)
 
     def attended_tokens(self) -> int:
         """KV of decoding requests at home."""
@@ -81,13 +85,6 @@ class SpanLane(LaneScheduler):
         self.free -= blocks
         self.lent += blocks
 
-    def take_back(self, blocks: int, out: list[Command]) -> None:
-        """Lent blocks are here again."""
-        self.free += blocks
-        self.lent -= blocks
-        if blocks:
-            self.poke(out)
-
     def poke(self, out: list[Command]) -> None:
         """Something changed for those who wait."""
         if not self.busy:
@@ -113,6 +110,27 @@ class SpanLane(LaneScheduler):
     def switched(self) -> bool:
         """Has every switch been made (or dropped)?"""
         return not self._switches
+
+    def hold(self, why: str, out: list[Command]) -> None:
+        """From the next boundary on nothing runs here."""
+        self._held[why] = None
+        self.interrupt(out)
+
+    def go_on(self, why: str, out: list[Command]) -> None:
+        """The end of a hold."""
+        if why in self._held:
+            del self._held[why]
+            if not self.busy:
+                self.schedule(out)
+
+    def come_home(self, request_id: int, try_id: int, blocks: int, out: list[Command]) -> None:
+        """Blocks of a piece have come home, into blocks set aside: at the next boundary they are the request's."""
+        self._recall = request_id, try_id, blocks
+        self.interrupt(out)
+
+    def coming_home(self) -> bool:
+        """Do recalled blocks wait for the boundary?"""
+        return self._recall is not None
 
     def expel(self, request_id: int) -> None:
         """At the next boundary the request leaves, to be computed anew."""
@@ -141,6 +159,8 @@ class SpanLane(LaneScheduler):
         self.homeless, self.released = [], []
         self.borrowed = BorrowedTable()
         self._switches.clear()
+        self._recall = self.recalled = None
+        self._held.clear()
         self._expelled.clear()
         for seq in orphans:
             seq.shared = 0
@@ -173,7 +193,9 @@ class SpanLane(LaneScheduler):
 
     def schedule(self, out: list[Command]) -> None:
         """At a boundary: expel, switch ownership, then as the base; all in one step."""
-        if not self._switches and not self._expelled:
+        if self._held:
+            return
+        if not self._switches and not self._expelled and self._recall is None:
             super().schedule(out)
             return
         removed = tuple(request_id for request_id in self._expelled if request_id in self.running)
@@ -192,6 +214,7 @@ class SpanLane(LaneScheduler):
             self.free += piece.num_blocks
             placed[request_id] = None
         self._switches.clear()
+        self._settle_recall(placed)
         commands: list[Command] = []
         super().schedule(commands)
         for index, command in enumerate(commands):
@@ -205,6 +228,19 @@ class SpanLane(LaneScheduler):
                 self.busy = True
         out += commands
 
+    def _settle_recall(self, placed: dict[int, None]) -> None:
+        """What came home is the request's, which it is charged for; or it is gone, and its blocks are free."""
+        if self._recall is None:
+            return
+        (request_id, try_id, blocks), self._recall = self._recall, None
+        seq = self.running.get(request_id)
+        if seq is None or not seq.decoding or not self.borrowed.has(request_id, try_id):
+            self.free += blocks
+            return
+        self.recalled = self.borrowed.call_home(request_id, try_id, blocks, self.stages[0].instance)
+        seq.shared -= blocks
+        placed[request_id] = None
+
     def _preempt(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         removed, retained = super()._preempt()
         for seq in reversed([self.waiting.popleft() for _ in removed]):  # the base has put them at the head
@@ -217,12 +253,12 @@ class SpanLane(LaneScheduler):
     def _may_start(self, seq: Seq) -> bool:
         if self.index is not None:
             return super()._may_start(seq)
-        if len(self.running) >= self.config.max_num_seqs or self.held_back:
+        if len(self.running) >= self.config.max_num_seqs or self.held_back or self.frozen:
             return False
         return self._blocks(seq.known) - self.borrowed.blocks(seq.request_id) + self.watermark <= self.free
 
     def _admit(self, added: list[Entry], out: list[Command]) -> bool:
-        if self.held_back:
+        if self.held_back or self.frozen:
             return False
         return super()._admit(added, out)
 

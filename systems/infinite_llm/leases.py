@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from common.types import Command
 from systems.infinite_llm.creditor import Tell
@@ -33,14 +33,14 @@ class Leases:
         """The creditor has answered what was sent then."""
         self.acked[creditor] = max(self.acked.get(creditor, 0), sent_ns)
 
-    def renew(self, now_ns: int, named: Callable[[int], Sequence[int]], out: list[Command]) -> None:
+    def renew(self, now_ns: int, named: Callable[[int], tuple[tuple[int, int], ...]], out: list[Command]) -> None:
         """All that is in use or asked for at each creditor; naming nothing says that a lost release was one."""
         for creditor in sorted(self._open):
-            try_ids = tuple(named(creditor))
+            pieces = named(creditor)
             self._sequence += 1
             self._last[creditor] = self._sequence
-            self._sent[self._sequence] = now_ns, bool(try_ids)
-            self.tell(creditor, Renew(self.instance, self._sequence, try_ids), out)
+            self._sent[self._sequence] = now_ns, bool(pieces)
+            self.tell(creditor, Renew(self.instance, self._sequence, pieces), out)
         self._sent = {key: sent for key, sent in self._sent.items() if now_ns - sent[0] <= self.lease_ns}
 
     def renewed(self, creditor: int, sequence: int) -> None:

@@ -38,6 +38,7 @@ class Heartbeat(NamedTuple):
     full: bool
     entries: tuple[PlacementEntry, ...]
     load: Load
+    debts: tuple[tuple[int, int], ...] = ()  # v1: (debtor, blocks lent to it) that changed; 0: none any more
 
 
 class Resync(NamedTuple):
@@ -63,6 +64,7 @@ class Need(NamedTuple):
     best: int
     admission: bool
     holding: bool = False
+    refused: tuple[int, ...] = ()  # v1: candidates that said no since the last need: the ledger was wrong about them
 
 
 class Offer(NamedTuple):
@@ -103,12 +105,20 @@ class Release(NamedTuple):
     try_ids: tuple[int, ...]
 
 
+class Return(NamedTuple):
+    """Debtor -> creditor: of this reservation only so many blocks are still in use. (A renewal repeats it.)"""
+
+    try_id: int
+    num_blocks: int
+
+
 class Renew(NamedTuple):
-    """Debtor -> creditor: all that it has or has asked for there. What is older and not named lapses."""
+    """Debtor -> creditor: all that it has or has asked for there, as (reservation, blocks). What is older and not named
+    lapses."""
 
     debtor: int
     sequence: int
-    try_ids: tuple[int, ...]
+    named: tuple[tuple[int, int], ...]
 
 
 class Renewed(NamedTuple):
@@ -118,8 +128,49 @@ class Renewed(NamedTuple):
     sequence: int
 
 
+class Freeze(NamedTuple):
+    """gManager -> rManager (v1, DGFM): start no loans and no moves; what could you call home from that creditor?"""
+
+    repair: int
+    creditor: int
+
+
+class Frozen(NamedTuple):
+    """rManager -> gManager: blocks that it could call home (0: it takes no part), and its free ones."""
+
+    repair: int
+    instance: int
+    num_blocks: int
+    free: int
+
+
+class Recall(NamedTuple):
+    """gManager -> rManager: call so many blocks home from that creditor. `turn` numbers the orders of a repair."""
+
+    repair: int
+    turn: int
+    creditor: int
+    num_blocks: int
+
+
+class Recalled(NamedTuple):
+    """rManager -> gManager: so many came home and were given back."""
+
+    repair: int
+    turn: int
+    instance: int
+    num_blocks: int
+
+
+class Unfreeze(NamedTuple):
+    """gManager -> rManager: the repair is over."""
+
+    repair: int
+
+
 Message = (
-    Heartbeat | Resync | MoveKvcache | Need | Offer | Settled | TryMoveKvcache | Answer | Release | Renew | Renewed
+    Heartbeat | Resync | MoveKvcache | Need | Offer | Settled | TryMoveKvcache | Answer | Release | Return | Renew
+    | Renewed | Freeze | Frozen | Recall | Recalled | Unfreeze
 )  # fmt: skip
 
 
@@ -129,3 +180,4 @@ def manager_name(instance: int) -> str:
 
 
 GMANAGER = "gm"
+GMANAGER_INSTANCE = -1  # to whom an rManager speaks when it speaks to the gManager

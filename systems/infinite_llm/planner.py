@@ -13,6 +13,15 @@ from systems.infinite_llm.messages import Load
 from systems.infinite_llm.throughput import Throughput
 
 
+def scatter(*numbers: int) -> int:
+    """A number that looks random and is the same in every run."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed ^ (number + 1)) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 29
+    return mixed
+
+
 class View(NamedTuple):
     """What the gManager knows: loads, and blocks at home of each instance's own decoding requests."""
 
@@ -34,13 +43,16 @@ class Planner:
     """Pure: a view in, moves out."""
 
     def __init__(self, model: Throughput, block_size: int, pace: int = 16, hysteresis: float = 0.02,
-                 horizon_iterations: int = 2000, max_utilisation: float = 0.9, max_moves: int = 4) -> None:  # fmt: skip
+                 horizon_iterations: int = 2000, max_utilisation: float = 0.9, max_moves: int = 4,
+                 scattered: bool = False) -> None:  # fmt: skip
         self.model = model
         self.block_size = block_size
         self.pace = pace
         self.hysteresis = hysteresis
         self.horizon_iterations = horizon_iterations
         self.max_utilisation = max_utilisation
+        self.scattered = scattered  # an ablation: any creditor, instead of the one with most free memory
+        self.num_choices = 0
         self.max_moves = max_moves  # of one debtor in one plan: it moves one after the other
 
     def plan(self, view: View) -> list[PlannedMove]:
@@ -67,7 +79,11 @@ class Planner:
         load = loads[debtor]
         if not creditors or not load.waiting:
             return None
-        creditor = max(creditors, key=lambda i: (loads[i].free, -i))
+        if self.scattered:
+            self.num_choices += 1
+            creditor = min(creditors, key=lambda i: scatter(i, self.num_choices))
+        else:
+            creditor = max(creditors, key=lambda i: (loads[i].free, -i))
         request_id = max(own, key=lambda r: (own[r], -r))
         other = loads[creditor]
         room = other.free - int((1 - self.max_utilisation) * other.capacity)

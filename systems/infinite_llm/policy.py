@@ -25,7 +25,8 @@ from common.types import (
     StepDone,
     Watch,
 )
-from systems.infinite_llm.debtor import COPY_IDS
+from systems.infinite_llm.asks import COPY_IDS
+from systems.infinite_llm.debt_gmanager import DebtGManager
 from systems.infinite_llm.gmanager import GManager
 from systems.infinite_llm.lane import SpanLane
 from systems.infinite_llm.messages import GMANAGER
@@ -46,6 +47,7 @@ class InfiniteLlmPolicy:
         if self.on and engine.prefix_caching:
             raise ConfigError("system=infinite_llm: engine.prefix_caching needs system.mode=off (a borrowed block "
                               "would have two owners)")  # fmt: skip
+        self._epoch = 0  # gManagers so far
         self.lanes: dict[int, LaneScheduler] = {}
         self.managers: dict[int, RManager] = {}
         self.gmanager: GManager | None = self._new_gmanager() if self.on else None
@@ -58,8 +60,12 @@ class InfiniteLlmPolicy:
     def _new_gmanager(self) -> GManager:
         settings = self.settings
         planner = Planner(Throughput.from_extra(self.cluster.extra), self.cluster.block_size, max(1, settings.pace),
-                          settings.hysteresis, settings.horizon_iterations)  # fmt: skip
+                          settings.hysteresis, settings.horizon_iterations,
+                          scattered=settings.creditor == "random")  # fmt: skip
         nodes = {info.instance: info.node for info in self.cluster.instances}
+        if settings.mode == "debt":
+            self._epoch += 1
+            return DebtGManager(tuple(self.managers), nodes, settings, planner, self._epoch)
         return GManager(tuple(self.managers), nodes, settings, planner)
 
     # ------------------------------------------------------------ contract
@@ -165,9 +171,9 @@ class InfiniteLlmPolicy:
             self._route(now_ns, seq, out)
 
     def _pool_changed(self) -> None:
-        pool = sum(manager.lane.num_blocks for manager in self.managers.values())
+        pool = sum(manager.creditor.cap for manager in self.managers.values())
         for manager in self.managers.values():
-            manager.lane.pool_blocks = pool
+            manager.lane.pool_blocks = pool - manager.creditor.cap + manager.lane.num_blocks
 
     def _lost(self, now_ns: int, event: InstanceLost, out: list[Command]) -> None:
         """Its requests are computed anew elsewhere, once the failed step has told how far they got."""

@@ -1,4 +1,4 @@
-"""The two protocols of a debtor as literal tables, and what is remembered of a loan and of a move."""
+"""The protocols of a debtor as one literal table, and what is remembered of a loan and of a move."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from systems.infinite_llm.rblock import Piece
 
 
 class State(Enum):
-    """Of a loan (the first three) and of a move."""
+    """Of a loan (the first three), of a move, and (the last three) of a recall."""
 
     NEED = "told the gManager"
     TRY = "asked the creditors"
@@ -20,6 +20,7 @@ class State(Enum):
     RESERVE = "asked the creditor"
     COPY = "data under way"
     SWITCH = "waits for a boundary"
+    WAIT = "recalls: waits for a boundary with room"
 
 
 # An event that is not here is illegal in that state. None: the loan or move is over.
@@ -36,6 +37,8 @@ STEPS: dict[tuple[State, str], State | None] = {
     (State.COPY, "arrived"): State.SWITCH,
     (State.COPY, "failed"): None,
     (State.SWITCH, "switched"): None,
+    (State.WAIT, "room"): State.COPY,
+    (State.WAIT, "over"): None,
 }
 
 
@@ -56,6 +59,13 @@ class Loan:
     state: State | None = State.NEED
     asks: dict[int, Piece] = field(default_factory=dict)  # by reservation, in the order of the request's tokens
     missing: dict[int, None] = field(default_factory=dict)  # not answered yet
+    candidates: list[tuple[int, int]] = field(default_factory=list)  # (creditor, blocks) not asked yet
+    refused: dict[int, None] = field(default_factory=dict)  # creditors, since the gManager was told last
+    asked_ns: int = 0
+
+    def granted(self) -> int:
+        """Blocks that creditors have set aside for it."""
+        return sum(piece.num_blocks for try_id, piece in self.asks.items() if try_id not in self.missing)
 
 
 @dataclass(slots=True)

@@ -7,24 +7,31 @@ from __future__ import annotations
 from common.sched.lane import Seq
 from common.types import Command, CopyDone, InstanceLost, MessageArrived, Progress, Send, Status, StepDone
 from systems.infinite_llm.creditor import Creditor
-from systems.infinite_llm.debtor import GMANAGER_INSTANCE, Debtor
+from systems.infinite_llm.debtor import Debtor
 from systems.infinite_llm.lane import SpanLane
 from systems.infinite_llm.messages import (
     ENTRY_BYTES,
     GMANAGER,
+    GMANAGER_INSTANCE,
     HEADER_BYTES,
     Answer,
+    Freeze,
+    Frozen,
     Heartbeat,
     Load,
     Message,
     MoveKvcache,
     Offer,
     PlacementEntry,
+    Recall,
+    Recalled,
     Release,
     Renew,
     Renewed,
     Resync,
+    Return,
     TryMoveKvcache,
+    Unfreeze,
     manager_name,
 )
 from systems.infinite_llm.settings import Settings
@@ -37,16 +44,21 @@ class RManager:
         self.instance = instance
         self.name = manager_name(instance)
         self.lane = lane
+        self.settings = settings
         self.on = settings.mode != "off"
         if self.on:
             lane.pooled = True
             lane.low = max(2, int(settings.low_share * lane.num_blocks))
-        self.creditor = Creditor(instance, lane, settings.lease_ns, 2 * lane.low, self._tell)
+        cap = int(settings.lend_cap * lane.num_blocks) if settings.mode == "debt" else None
+        self.creditor = Creditor(instance, lane, settings.lease_ns, 2 * lane.low, self._tell, cap)
         self.debtor = Debtor(instance, lane, settings, self._tell)
         self._told: dict[int, PlacementEntry] = {}
         self._load: Load | None = None
+        self._debts: dict[int, int] = {}
         self._sequence = 0
         self._full = True
+        self._freeze: tuple[int, int] | None = None  # repair, when last told
+        self._asked: Freeze | None = None
         self._failing: int | None = None  # the creditor that our running step fails with
 
     def _tell(self, instance: int, message: Message, out: list[Command]) -> None:
@@ -74,6 +86,7 @@ class RManager:
             self._failing = None
         if self.on:
             self.creditor.settle(now_ns, out)
+            self.debtor.recaller.before(now_ns, out)
         self.lane.schedule(out)
         self._after(now_ns, out)
         return finished
@@ -90,6 +103,8 @@ class RManager:
             self.creditor.asked(now_ns, message, out)
         elif isinstance(message, Release):
             self.creditor.released(now_ns, message.try_ids, out)
+        elif isinstance(message, Return):
+            self.creditor.returned(now_ns, message.try_id, message.num_blocks, out)
         elif isinstance(message, Renew):
             self.creditor.renewed(now_ns, message, out)
         elif isinstance(message, Answer):
@@ -103,10 +118,14 @@ class RManager:
         elif isinstance(message, Resync):
             self._full = True
             self.heartbeat(out)
+        else:
+            self._repair(now_ns, message, out)
         self._after(now_ns, out)
 
     def tick(self, now_ns: int, event: Progress, out: list[Command]) -> None:
         """Every period: leases, repeats, heartbeat."""
+        if self._freeze is not None and now_ns - self._freeze[1] > 5 * self.settings.period_ns:
+            self._unfreeze(now_ns, out)  # the gManager is dead, or has forgotten us
         self.creditor.tick(now_ns, out)
         self.debtor.tick(now_ns, out)
         self._after(now_ns, out)
@@ -125,6 +144,38 @@ class RManager:
     def _after(self, now_ns: int, out: list[Command]) -> None:
         if self.on:
             self.debtor.scheduled(now_ns, out)
+        if self._asked is not None and self.debtor.move is None:
+            asked, self._asked = self._asked, None
+            blocks = self.debtor.recaller.recallable(asked.creditor)
+            self._tell(GMANAGER_INSTANCE, Frozen(asked.repair, self.instance, blocks, self.lane.free), out)
+
+    # ------------------------------------------------------------ DGFM (v1)
+
+    def _repair(self, now_ns: int, message: Message, out: list[Command]) -> None:
+        debtor = self.debtor
+        if isinstance(message, Freeze):
+            if self._freeze is None or self._freeze[0] == message.repair:
+                self._freeze = message.repair, now_ns
+                self._stand(True)
+                self._asked = message  # answered when the move under way has ended
+            else:
+                self._tell(GMANAGER_INSTANCE, Frozen(message.repair, self.instance, 0, self.lane.free), out)
+        elif isinstance(message, Recall):
+            if self._freeze is not None and self._freeze[0] == message.repair:
+                debtor.recaller.ordered(now_ns, message, out)
+            else:
+                self._tell(GMANAGER_INSTANCE, Recalled(message.repair, message.turn, self.instance, 0), out)
+        elif isinstance(message, Unfreeze) and self._freeze is not None and self._freeze[0] == message.repair:
+            self._unfreeze(now_ns, out)
+
+    def _stand(self, still: bool) -> None:
+        self.creditor.frozen = self.debtor.moves.frozen = self.lane.frozen = still
+
+    def _unfreeze(self, now_ns: int, out: list[Command]) -> None:
+        self._freeze = self._asked = None
+        self._stand(False)
+        self.lane.poke(out)
+        self.debtor.moves.start(now_ns, out)
 
     # ------------------------------------------------------------ heartbeats
 
@@ -132,18 +183,29 @@ class RManager:
         """Tell what changed since the last one; all of it after a resync."""
         entries, load = self._entries(clock), self._now(clock)
         full, self._full = self._full, False
+        debts = self._debts_now(full)
         if full:
             changed = list(entries.values())
         else:
             changed = [entry for key, entry in entries.items() if self._told.get(key) != entry]
             changed += [entry._replace(num_blocks=0) for key, entry in self._told.items() if key not in entries]
         idle = not (self.lane.outstanding() or entries)
-        if not full and not changed and load == self._load and idle:
+        if not (full or changed or debts) and load == self._load and idle:
             return  # else even a heartbeat without news says that none was lost
         self._told, self._load = entries, load
         self._sequence += 1
-        message = Heartbeat(self.instance, self._sequence, full, tuple(changed), load)
-        out.append(Send(self.name, GMANAGER, message, HEADER_BYTES + ENTRY_BYTES * len(changed)))
+        message = Heartbeat(self.instance, self._sequence, full, tuple(changed), load, debts)
+        out.append(Send(self.name, GMANAGER, message, HEADER_BYTES + ENTRY_BYTES * (len(changed) + len(debts))))
+
+    def _debts_now(self, full: bool) -> tuple[tuple[int, int], ...]:
+        """v1: what each debtor owes, where that changed; all of it in a full heartbeat."""
+        if self.settings.mode != "debt":
+            return ()
+        before, self._debts = self._debts, self.creditor.lent.by_debtor()
+        if full:
+            return tuple(self._debts.items())
+        gone = tuple((debtor, 0) for debtor in before if debtor not in self._debts)
+        return tuple(item for item in self._debts.items() if before.get(item[0]) != item[1]) + gone
 
     def _entries(self, clock: int | None) -> dict[int, PlacementEntry]:
         """Own requests by their id, others' by minus their id minus one."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from common.errors import ConfigError
 
-MODES = ("proactive", "reactive", "off")
+MODES = ("proactive", "reactive", "debt", "off")
+CREDITORS = ("most_free", "random")
 MS = 1_000_000
 
 
@@ -25,7 +26,12 @@ class Settings:
     low_share: float = 0.02  # of an instance's blocks: when so few are free, borrow
     hysteresis: float = 0.02  # least gain of a move, as a share of the throughput of both ends
     horizon_iterations: int = 2000  # a move must pay within so many
-    locality: bool = False  # creditors of the same node first
+    locality: bool = False  # creditors of the same node first (always so in `debt`)
+    creditor: str = "most_free"  # random: an ablation; deterministic, by request and plan
+    overlap: bool = True  # False, an ablation: the source stands still while its blocks move
+    lend_cap: float = 0.5  # v1: share of an instance's blocks that it lends at most
+    dgfm: bool = True  # v1: cancel cycles of debt
+    dgfm_threshold: int = 4  # v1: blocks that each debt of a cycle must have at least
 
 
 def from_options(options: Mapping[str, Any]) -> Settings:
@@ -45,6 +51,12 @@ def from_options(options: Mapping[str, Any]) -> Settings:
         raise ConfigError(
             f"system.dispatch={made.dispatch!r} is unknown; choose one of: round_robin, least_outstanding"
         )
+    if made.creditor not in CREDITORS:
+        raise ConfigError(f"system.creditor={made.creditor!r} is unknown; choose one of: {', '.join(CREDITORS)}")
+    if not 0 < made.lend_cap <= 1 or made.dgfm_threshold < 1:
+        raise ConfigError("system: need 0 < lend_cap <= 1 and dgfm_threshold >= 1")
+    if made.mode == "debt" and made.creditor == "random":
+        raise ConfigError("system.creditor=random is an ablation of mode=proactive and reactive, not of debt")
     if made.pace < 0 or made.period_ns <= 0 or made.margin_ns + 3 * made.period_ns > made.lease_ns:
         raise ConfigError("system: need pace >= 0 and lease_ms >= margin_ms + 3 x period_ms")
     return made

@@ -15,7 +15,7 @@ from common.record import RequestColumns, RunRecord
 from common.types import CopyDone, RequestStatus, RunStep, Status, Tier
 from systems.infinite_llm.settings import Settings
 from tests.engine.worlds import check_tokens, tiny_spec, tiny_world
-from tests.infinite_llm.worlds import MS, Run, World
+from tests.infinite_llm.worlds import CYCLE, MS, Run, World
 
 NIGHTLY = bool(os.environ.get("KVPLANE_NIGHTLY"))
 CASES = settings(max_examples=200 if NIGHTLY else 40, deadline=None, derandomize=not NIGHTLY,
@@ -75,6 +75,22 @@ def test_tokens_are_those_of_an_undisturbed_run(world: World) -> None:
     if not world.lost_instances:
         assert all(status == RequestStatus.FINISHED for status in run.record.requests.status)
         assert spread(run) > 1
+
+
+@settings(CASES, max_examples=40 if NIGHTLY else 5)
+@given(giants())
+def test_tokens_in_debt_mode(world: World) -> None:
+    """v1: borrowed on demand, asked in turn, with the same tokens."""
+    run = run_local(replace(world, settings=replace(world.settings, mode="debt", lend_cap=1.0, dgfm_threshold=1)))
+    if not world.lost_instances:
+        assert all(status == RequestStatus.FINISHED for status in run.record.requests.status)
+
+
+def test_tokens_when_blocks_are_called_home() -> None:
+    """DGFM in mid-decode: copies come home, ownership switches, and nobody's tokens change."""
+    run = run_local(CYCLE)
+    assert sum(manager.debtor.recaller.num_recalled for manager in run.policy.managers.values())
+    assert all(status == RequestStatus.FINISHED for status in run.record.requests.status)
 
 
 @pytest.mark.parametrize("instances", (2, 3, 4, 5))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
@@ -68,11 +68,16 @@ class World:
         return {"faults": faults, "message_faults": Fate(*self.fate) if self.fate else None}
 
     def run(self) -> Run:
-        model = self.model()
-        record = RunRecord(RequestColumns.empty(len(self.requests)))
-        run = Run(self, SimExecutor(model, self.workload(), record, **self.options()), self.policy(model))
+        """To its end."""
+        run = self.start()
         run.drive()
         return run
+
+    def start(self) -> Run:
+        """Not driven yet."""
+        model = self.model()
+        record = RunRecord(RequestColumns.empty(len(self.requests)))
+        return Run(self, SimExecutor(model, self.workload(), record, **self.options()), self.policy(model))
 
 
 class Run:
@@ -118,6 +123,8 @@ class Run:
             assert lane.free + lane.lent <= lane.num_blocks
             for pieces in lane.borrowed.pieces.values():
                 for piece in pieces:
+                    if not piece.try_id:
+                        continue  # called home
                     borrowed[piece.creditor] = borrowed.get(piece.creditor, 0) + piece.num_blocks
                     named.setdefault(piece.creditor, set()).add(piece.try_id)
         for instance, manager in self.policy.managers.items():
@@ -132,7 +139,7 @@ class Run:
 
 
 @st.composite
-def worlds(draw, faults: bool = True, gm: bool = True, losses: bool = True) -> World:
+def worlds(draw, faults: bool = True, gm: bool = True, losses: bool = True, debt: bool = False) -> World:
     instances = draw(st.integers(2, 5))
     blocks = draw(st.integers(8, 24))
     pool = instances * blocks * 16
@@ -144,6 +151,10 @@ def worlds(draw, faults: bool = True, gm: bool = True, losses: bool = True) -> W
         settings = Settings(mode=draw(st.sampled_from(("reactive", "proactive"))), period_ns=draw(
             st.integers(1, 4)) * MS, lease_ns=400 * MS, margin_ns=200 * MS, pace=draw(st.sampled_from((0, 8, 16, 64))),
             low_share=draw(st.sampled_from((0.02, 0.2))), hysteresis=0.0, locality=draw(st.booleans()))  # fmt: skip
+    if debt:
+        settings = replace(settings, mode="debt", lend_cap=draw(st.sampled_from((0.25, 0.5, 1.0))),
+                           dgfm=draw(st.booleans()), dgfm_threshold=draw(st.integers(1, 4)), low_share=draw(
+            st.sampled_from((0.1, 0.3))), pace=draw(st.sampled_from((16, 64))))  # fmt: skip
     lost = ()
     if losses and draw(st.booleans()):
         count = draw(st.integers(1, instances - 1))
@@ -157,3 +168,19 @@ def worlds(draw, faults: bool = True, gm: bool = True, losses: bool = True) -> W
         fate = (draw(st.integers(0, 99)), draw(st.sampled_from((0.0, 0.1, 0.3))), draw(st.sampled_from((0.0, 0.3))),
                 draw(st.sampled_from((0, 100_000, 5 * MS))))  # fmt: skip
     return World(instances, blocks, requests, settings, lost, lost_gm, fate, draw(st.sampled_from((32, 64, 512))))
+
+
+CYCLE = World(3, 16, ((5611, 142, 100), (3389, 259, 79), (11014, 229, 105), (14158, 230, 25), (14199, 160, 87),
+                      (19599, 185, 72)), replace(FAST, mode="debt", lend_cap=1.0, dgfm_threshold=1, pace=64,
+                                                 low_share=0.3), budget=512)  # fmt: skip
+
+
+@st.composite
+def crowded(draw) -> World:
+    """v1, with long outputs that come and go, so that who lent yesterday borrows today: cycles of debt arise."""
+    instances, blocks = draw(st.integers(2, 4)), draw(st.integers(16, 24))
+    requests = tuple(draw(st.lists(st.tuples(st.integers(0, 20_000), st.integers(16, blocks * 18),
+                                             st.integers(20, 250)), min_size=4, max_size=12)))  # fmt: skip
+    made = replace(FAST, mode="debt", lend_cap=1.0, dgfm_threshold=draw(st.integers(1, 2)), pace=64,
+                   low_share=draw(st.sampled_from((0.15, 0.3))))  # fmt: skip
+    return World(instances, blocks, requests, made, budget=draw(st.sampled_from((64, 512))))
