@@ -1,4 +1,4 @@
-"""The only door to Hydra (its multirun: sweep.py): composed configuration becomes frozen dataclasses once, and unknown keys are errors.
+"""The only door to Hydra: composed configuration becomes frozen dataclasses once, and unknown keys are errors.
 
 No `DictConfig` travels further than this file.
 """
