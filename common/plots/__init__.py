@@ -23,6 +23,14 @@ def draw_run(run: LoadedRun | str | Path) -> list[Path]:
     return paths
 
 
+def draw_instances(run: LoadedRun) -> list[Path]:
+    """Draw what each instance did over time into the run's folder; the paths written."""
+    from common.plots import instance_figures, style
+
+    with style.styled():
+        return style.save(instance_figures.instances(run), run.path, "instances")
+
+
 def draw_comparison(
     runs: Sequence[LoadedRun], out: str | Path, comparison: Comparison | None = None
 ) -> list[Path]:
