@@ -1,7 +1,10 @@
-"""Tables and figures from results folders: `python report.py results/runs/a results/runs/b [--out DIR]`.
+"""Tables, figures and one HTML page from results folders: `python report.py results/runs/a results/runs/b`.
 
-Redraws the figures of each run, prints the runs side by side and, for two runs or more, writes figures that compare
-them. A damaged or partial folder is named in one line, and what there is of it is drawn.
+A folder of runs (`results/runs/compare-burst`) stands for all runs in it. Redraws the figures of each run, prints the
+runs side by side, and writes report.html, which needs nothing beside it, into --out. A damaged or partial folder is
+named in one line, and what there is of it is drawn.
+
+Exit code: 0 all drawn, 3 drawn but something is damaged, missing or partial (named on stderr), 2 nothing can be drawn.
 """
 
 from __future__ import annotations
@@ -12,27 +15,57 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import ConfigError, KVPlaneError
 from common.runs import LoadedRun, load_run
 
+if TYPE_CHECKING:
+    from common.comparison import Comparison
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr about what the user can change."""
+    """Exit code 0, 3 when something is damaged or missing, or 2 after one line about what the user can change."""
     arguments = _parser().parse_args(argv)
     try:
-        _report([load_run(path) for path in arguments.runs], arguments.out)
+        runs, skipped = _load([folder for path in arguments.runs for folder in run_folders(path)])
+        _report(runs, arguments.out)
     except KVPlaneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return 3 if skipped or any(run.problems for run in runs) else 0
+
+
+def run_folders(path: Path) -> list[Path]:
+    """The folder itself if it is a run or unknown, else the runs in it, by name."""
+    files = ("manifest.json", "summary.json", "requests.parquet", "timeline.parquet")
+    if not path.is_dir() or any((path / name).exists() for name in files):
+        return [path]
+    inner = sorted(folder for folder in path.iterdir() if folder.is_dir() and (folder / "config.yaml").exists())
+    return inner or [path]
+
+
+def _load(folders: Sequence[Path]) -> tuple[list[LoadedRun], int]:
+    """The runs that can be read, and how many folders cannot; ConfigError where none can."""
+    runs: list[LoadedRun] = []
+    errors: list[ConfigError] = []
+    for folder in folders:
+        try:
+            runs.append(load_run(folder))
+        except ConfigError as error:
+            errors.append(error)
+    if not runs:
+        raise errors[0]
+    for problem in errors:
+        print(f"warning: {problem}", file=sys.stderr)
+    return runs, len(errors)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folder of a run, such as results/runs/burst")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folder of a run, or of several runs")
     parser.add_argument(
-        "--out", type=Path, default=Path("results/report"), help="folder for figures that compare runs (%(default)s)"
+        "--out", type=Path, default=Path("results/report"), help="folder for report.html and comparisons (%(default)s)"
     )
     return parser
 
@@ -54,17 +87,38 @@ def _report(runs: Sequence[LoadedRun], out: Path) -> None:
 
 
 def _draw(runs: Sequence[LoadedRun], out: Path) -> list[Path]:
-    from common.plots import draw_comparison, draw_run
+    from common.page import page
+    from common.plots import draw_comparison, draw_instances, draw_run
+    from common.results import replacing
 
+    comparison = _compared(runs)
     try:
-        paths = [path for run in runs for path in draw_run(run)]
-        if len(runs) > 1:
-            out.mkdir(parents=True, exist_ok=True)
-            paths += draw_comparison(runs, out)
+        paths = [path for run in runs for path in (*draw_run(run), *draw_instances(run))]
+        out.mkdir(parents=True, exist_ok=True)
+        compare: list[Path] = []
+        if comparison is not None:
+            compare = draw_comparison([row.averaged() for row in comparison.rows], out, comparison)
+        figures = [path for path in (*compare, *paths) if path.suffix == ".png"]
+        with replacing(out / "report.html") as temporary:
+            temporary.write_text(page(runs, comparison, figures), encoding="utf-8")
     except OSError as error:
         where = error.filename or out
         raise ConfigError(f"{where}: cannot be written ({error.strerror}); choose another folder with --out") from error
-    return paths
+    return [*paths, *compare, out / "report.html"]
+
+
+def _compared(runs: Sequence[LoadedRun]) -> Comparison | None:
+    """Runs that differ by seed only, by their folders' names, are one row."""
+    if len(runs) < 2:
+        return None
+    from common.comparison import compared
+
+    return compared([(_row(run), run) for run in runs])
+
+
+def _row(run: LoadedRun) -> str:
+    seed = run.manifest.get("seed")
+    return run.name.removesuffix(f"-s{seed}") if seed is not None else run.name
 
 
 if __name__ == "__main__":

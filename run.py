@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from common.record import RunRecord
 
 USAGE = """python run.py [key=value …]      one run; results in results/runs/<run.name>/
-python run.py -m key=a,b …        a sweep: one run per combination
+python run.py -m key=a,b …        a sweep: one run per combination, then one table of all
+python run.py -m system=all …     vllm and the four systems side by side; seed=0,1,2 adds intervals
 
 Common keys: system= workload= model= hardware= cluster.num_instances= cluster.tp= seed= run.name=
 All keys and their defaults: conf/config.yaml. Keys of a group: conf/<group>/<name>.yaml.
@@ -311,52 +312,19 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def _sweep() -> None:
-    """Hydra's multirun, its launcher and sweeper; each job is one `execute`."""
-    import hydra
+def _sweep(arguments: list[str]) -> None:
+    """Every job of a multirun, and where several systems or settings ran, one comparison of them."""
+    from common.sweep import plan, run_sweep
 
-    from common.config import CONF, compose, from_composed
+    jobs = run_sweep(plan(arguments), execute, lambda line: print(line, file=sys.stderr, flush=True))
+    failed = [job for job in jobs if job.error]
+    done = [(job.row, job.folder) for job in jobs if job.folder is not None]
+    if len({row for row, _ in done}) > 1:
+        from common.comparison import present
 
-    failed: list[str] = []
-
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def job(composed: Any) -> None:
-        from hydra.core.hydra_config import HydraConfig
-        from omegaconf import OmegaConf, open_dict
-
-        if composed.run.name is None:
-            with open_dict(composed):
-                composed.run.name = f"sweep/{_job_name(HydraConfig.get().job)}"
-        elif HydraConfig.get().job.override_dirname.replace(f"run.name={composed.run.name}", ""):
-            with open_dict(composed):
-                composed.run.name = f"{composed.run.name}/{_job_name(HydraConfig.get().job)}"
-        tree = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
-        with open_dict(tree):
-            tree.hydra = {"runtime": {"choices": dict(HydraConfig.get().runtime.choices)}}
-        try:
-            execute(from_composed(tree))
-        except KVPlaneError as error:  # the other jobs go on
-            failed.append(str(error))
-            print(f"error: {_job_name(HydraConfig.get().job)}: {error}", file=sys.stderr)
-
-    try:
-        compose([_first(argument) for argument in sys.argv[1:] if "=" in argument])
-    except ConfigError as error:
-        if "no such key" in str(error) or "unknown" in str(error):
-            raise  # our one line instead of Hydra's traceback; a bad value fails its own job only
-    job()
+        print(present(done, tuple(f"{job.name}: {job.error}" for job in failed)))
     if failed:
-        raise ConfigError(f"{len(failed)} of the sweep's jobs failed: {failed[0]}")
-
-
-def _first(override: str) -> str:
-    """The first value of a simple sweep, to check its key: `a=1,2` is `a=1`."""
-    key, value = override.split("=", 1)
-    return override if any(mark in value for mark in "[{('\"") else f"{key}={value.split(',')[0]}"
-
-
-def _job_name(job: Any) -> str:
-    return str(job.override_dirname).replace("/", "-") or "base"
+        raise ConfigError(f"{len(failed)} of the sweep's jobs failed: {failed[0].error}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -366,10 +334,12 @@ def main(arguments: list[str] | None = None) -> int:
         if any(argument in ("-h", "--help") for argument in arguments):
             print(help_text())
         elif any(argument in ("-m", "--multirun") for argument in arguments):
-            _sweep()
+            _sweep(arguments)
         else:
             from common.config import compose
 
+            if "system=all" in arguments:
+                raise ConfigError("system=all: several systems are a sweep: python run.py -m system=all …")
             config = compose(arguments)
             outcome = execute(config)
             if not outcome.manifest.get("partial"):

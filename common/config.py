@@ -137,7 +137,7 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
 
     _check_keys(tree)
     text = yaml.safe_dump(tree, sort_keys=True, allow_unicode=True)
-    system = _without(tree["system"], "description")
+    system = _without(tree["system"], "description", "not_for")
     model = dict(tree["model"])
     runtime = RuntimeConfig.from_mapping(_without(tree["runtime"], "description"))
     hf_config = model.pop("hf_config", None) or runtime.weights

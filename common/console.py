@@ -21,7 +21,9 @@ Summary = Mapping[str, Any]
 LATENCIES = {"ttft": "TTFT (ms)", "tpot": "TPOT (ms)", "itl": "ITL (ms)", "e2el": "end to end (ms)"}
 
 # metric, header, factor from the summary's unit to the header's, best: -1 lowest, +1 highest, 0 no judgement
-COLUMNS: tuple[tuple[str, str, float, int], ...] = (
+Column = tuple[str, str, float, int]
+BEST_NOTE = "* best of its column (none marked where all are equal or nothing is better)"
+COLUMNS: tuple[Column, ...] = (
     ("mean_ttft_ms", "TTFT mean ms", 1, -1),
     ("median_ttft_ms", "TTFT P50 ms", 1, -1),
     ("p99_ttft_ms", "TTFT P99 ms", 1, -1),
@@ -96,32 +98,41 @@ def _latency_rows(summary: Summary) -> list[str]:
     return rows
 
 
-def comparison_table(runs: Sequence[LoadedRun], width: int = 110) -> str:
-    """Runs below each other, metrics in columns, `*` at the best of each; columns wrap into blocks of `width`."""
-    names = [run.name for run in runs]
-    first = max(len("run"), *(len(name) for name in names)) if names else 3
-    blocks: list[list[list[str]]] = [[]]
+def comparison_table(
+    runs: Sequence[LoadedRun], width: int = 110, blocks: Sequence[Sequence[Column]] = (COLUMNS,)
+) -> str:
+    """Runs below each other, metrics in columns, `*` at the best of each; each block of columns wraps at `width`."""
+    names = ["run", *(run.name for run in runs)]
+    parts = [wrapped(names, metric_columns(runs, block), width) for block in blocks]
+    return "\n\n".join([provenance_line([run.manifest for run in runs]), *(part for part in parts if part), BEST_NOTE])
+
+
+def wrapped(names: Sequence[str], columns: Sequence[Sequence[str]], width: int) -> str:
+    """Columns (two lines of header, then a cell per name after the first) beside `names`, in blocks of `width`."""
+    first = max(len(name) for name in names)
+    blocks: list[list[Sequence[str]]] = [[]]
     used = first
-    for column in _columns(runs):
+    for column in columns:
         cost = max(len(cell) for cell in column) + 2
         if used + cost > width and blocks[-1]:
             blocks.append([])
             used = first
         blocks[-1].append(column)
         used += cost
-    lines = [provenance_line([run.manifest for run in runs])]
-    for block in blocks:
-        lines.append("")
-        for i, name in enumerate(["", "run", *names]):
+    texts = []
+    for block in blocks if columns else ():
+        lines = []
+        for i, name in enumerate(["", *names]):
             cells = (column[i].rjust(max(len(cell) for cell in column)) for column in block)
             lines.append("  ".join([name.ljust(first), *cells]).rstrip())
-    return "\n".join([*lines, "", "* best of its column (none marked where all are equal or nothing is better)"])
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts)
 
 
-def _columns(runs: Sequence[LoadedRun]) -> list[list[str]]:
+def metric_columns(runs: Sequence[LoadedRun], columns: Sequence[Column]) -> list[list[str]]:
     """Cells of each column that any run has: two lines of header, then one per run."""
     out = []
-    for key, header, factor, direction in COLUMNS:
+    for key, header, factor, direction in columns:
         values = [run.summary.get(key) for run in runs]
         if all(value is None for value in values):
             continue

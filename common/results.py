@@ -34,7 +34,7 @@ __all__ = ["LoadedRun", "RunFolder", "load_run", "replacing"]
 STATUS_NAMES = tuple(status.name.lower() for status in sorted(RequestStatus))
 OWN_FILES = ("config.yaml", "summary.json", "trace.json", "outputs.jsonl", *(f"{t}.parquet" for t in
              ("requests", "timeline", "segments", "moves", "marks")))  # fmt: skip
-FIGURES = ("overview", "latency_cdf")
+FIGURES = ("overview", "latency_cdf", "instances")
 
 
 class RunFolder:

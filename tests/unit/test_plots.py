@@ -182,7 +182,7 @@ def test_a_logger_never_fails_the_run(
 def test_report_compares_and_survives_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (write(tmp_path, synthetic_record(30), name) for name in "ab")
     (b / "summary.json").write_text("{")
-    assert report.main([str(a), str(b), "--out", str(tmp_path / "out")]) == 0
+    assert report.main([str(a), str(b), "--out", str(tmp_path / "out")]) == 3  # drawn, with something missing
     out, err = capsys.readouterr()
     assert err.startswith("warning: ") and err.count("\n") == 1 and "summary.json is damaged" in err
     assert "TTFT" in out and (tmp_path / "out" / "compare_cdf.pdf").exists()

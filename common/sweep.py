@@ -1,0 +1,221 @@
+"""A sweep: Hydra's multirun over the configuration. Each job is one run, and a job that fails fails alone."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.config import CONF, RunConfig, compose, from_composed
+from common.errors import ConfigError, KVPlaneError
+
+ALL = ("vllm", "kunserve", "infinite_llm", "memserve", "mell")  # what system=all means
+
+
+class Outcome(Protocol):
+    """What a job must give back: the folder of its run, its summary and its manifest."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def summary(self) -> dict[str, Any]: ...
+    @property
+    def manifest(self) -> dict[str, Any]: ...
+
+
+Execute = Callable[[RunConfig, bool], Outcome]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep. `row` names all that was swept but the seed; without a folder it failed, `error` says why."""
+
+    row: str
+    seed: str
+    folder: Path | None
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The row, and the seed where seeds are swept."""
+        return f"{self.row}, seed {self.seed}" if self.seed else self.row
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The command line of a sweep, and the keys that it sweeps with their values, as written."""
+
+    arguments: tuple[str, ...]
+    swept: dict[str, tuple[str, ...]]
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """The systems that are swept; none where one is given."""
+        return self.swept.get("system", ())
+
+    @property
+    def num_jobs(self) -> int:
+        """How many runs this is."""
+        number = 1
+        for values in self.swept.values():
+            number *= len(values)
+        return number
+
+    def row(self, overrides: Sequence[str], system: str) -> str:
+        """What a job is called in a table: 'kunserve', 'vllm workload.rate=3'."""
+        swept = [text for text in overrides if _key(text) in self.swept and _key(text) not in ("seed", "system")]
+        return " ".join([system, *swept])
+
+
+def expanded(arguments: Sequence[str]) -> list[str]:
+    """Arguments with `system=all` spelled out."""
+    return [f"system={','.join(ALL)}" if argument == "system=all" else argument for argument in arguments]
+
+
+def plan(arguments: Sequence[str]) -> Plan:
+    """What a command line sweeps. ConfigError where Hydra cannot read it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    arguments = expanded(arguments)
+    swept = {}
+    for text in arguments:
+        if text.startswith("-") or "=" not in text:
+            continue
+        try:
+            [override] = OverridesParser.create().parse_overrides([text])
+        except HydraException as error:
+            raise ConfigError(f"{text}: {' '.join(str(error).split())}") from None
+        if override.is_sweep_override():
+            swept[override.key_or_group] = tuple(str(value) for value in override.sweep_string_iterator())
+    return Plan(tuple(arguments), swept)
+
+
+def run_sweep(sweep: Plan, execute: Execute, say: Callable[[str], None]) -> list[Job]:
+    """Every job of the sweep, in Hydra's order; `say` gets a line when a job begins and when it ends."""
+    sweep, jobs = _composable(sweep, say)
+    runner = _Runner(sweep, execute, say, jobs)
+    import hydra
+
+    job = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(runner)
+    before, sys.argv = sys.argv, [sys.argv[0], *sweep.arguments, "hydra/hydra_logging=none", "hydra/job_logging=none"]
+    try:
+        job()
+    finally:
+        sys.argv = before
+    return jobs
+
+
+class _Runner:
+    """The task that Hydra calls once per job."""
+
+    def __init__(self, sweep: Plan, execute: Execute, say: Callable[[str], None], jobs: list[Job]) -> None:
+        self.sweep, self.execute, self.say, self.jobs = sweep, execute, say, jobs
+        self.started = 0
+
+    def __call__(self, composed: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        config = HydraConfig.get()
+        overrides = [str(text) for text in config.overrides.task]
+        self.started += 1
+        system = dict(config.runtime.choices)["system"]
+        seed = str(composed.seed) if "seed" in self.sweep.swept else ""
+        job = Job(self.sweep.row(overrides, system), seed, None)
+        place = f"[{self.started}/{self.sweep.num_jobs}] {job.name}"
+        self.say(f"{place} ...")
+        begin = time.perf_counter()
+        try:
+            outcome = self.execute(self._configured(composed, config, job), bool(self.sweep.systems))
+        except Exception as error:  # a bug of one system must not take the others along
+            failed = Job(job.row, job.seed, None, _one_line(error))
+            self.jobs.append(failed)
+            if not isinstance(error, KVPlaneError):
+                _keep_traceback(composed)
+            print(f"error: {job.name}: {failed.error}", file=sys.stderr)
+            return
+        if outcome.manifest.get("stopped") == "interrupted":
+            raise KeyboardInterrupt
+        self.jobs.append(Job(job.row, job.seed, outcome.folder))
+        summary = outcome.summary
+        self.say(f"{place}: {summary.get('completed', 0):,} of {summary.get('num_requests', 0):,} finished, "
+                 f"{time.perf_counter() - begin:.1f} s")  # fmt: skip
+
+    def _configured(self, composed: Any, hydra_config: Any, job: Job) -> RunConfig:
+        """The job's configuration, with a folder of its own."""
+        from omegaconf import OmegaConf, open_dict
+
+        with open_dict(composed):
+            composed.run.name = self._folder(composed.run.name, hydra_config, job)
+        tree = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+        with open_dict(tree):
+            tree.hydra = {"runtime": {"choices": dict(hydra_config.runtime.choices)}}
+        return from_composed(tree)
+
+    def _folder(self, name: str | None, hydra_config: Any, job: Job) -> str:
+        if self.sweep.systems:
+            short = job.row.replace("/", "-").replace(" ", "-") + (f"-s{job.seed}" if job.seed else "")
+            return f"{name or 'compare-' + str(dict(hydra_config.runtime.choices)['workload'])}/{short}"
+        dirname = str(hydra_config.job.override_dirname)
+        own = dirname.replace("/", "-") or "base"
+        if name is None:
+            return f"sweep/{own}"
+        return f"{name}/{own}" if dirname.replace(f"run.name={name}", "") else str(name)
+
+
+def _composable(sweep: Plan, say: Callable[[str], None]) -> tuple[Plan, list[Job]]:
+    """The sweep without the systems that its other keys do not fit, and those as failed jobs.
+
+    Hydra would end the whole sweep with a traceback. A key that fits no system at all is raised, as one line.
+    """
+    firsts = [_first(text) for text in sweep.arguments if "=" in text and _key(text) != "system"]
+    given = [text for text in sweep.arguments if _key(text) == "system"]
+    failed: list[Job] = []
+    last: ConfigError | None = None
+    for choice in [f"system={name}" for name in sweep.systems] or given or [""]:
+        try:
+            compose([*firsts, choice] if choice else firsts)
+        except ConfigError as error:
+            if "no such key" not in str(error) and "unknown" not in str(error):
+                continue  # a bad value fails its own job only
+            last = error
+            failed.append(Job(_value(choice), "", None, str(error)))
+    names = [name for name in sweep.systems if name not in [job.row for job in failed]]
+    if last is not None and not names:
+        raise last
+    for job in failed:
+        print(f"error: {job.row}: {job.error}", file=sys.stderr)
+    if not failed:
+        return sweep, []
+    arguments = [text for text in sweep.arguments if _key(text) != "system"]
+    return Plan((*arguments, f"system={','.join(names)}"), {**sweep.swept, "system": tuple(names)}), failed
+
+
+def _first(override: str) -> str:
+    """The first value of a simple sweep, to check its key: `a=1,2` is `a=1`."""
+    key, value = override.split("=", 1)
+    return override if any(mark in value for mark in "[{('\"") else f"{key}={value.split(',')[0]}"
+
+
+def _key(override: str) -> str:
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def _value(override: str) -> str:
+    return override.split("=", 1)[-1]
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    return text if isinstance(error, KVPlaneError) else f"{type(error).__name__}: {text}"
+
+
+def _keep_traceback(composed: Any) -> None:
+    """Where a bug of ours was raised goes into the job's folder, not onto the screen."""
+    folder = Path(str(composed.run.results)) / str(composed.run.name)
+    if folder.is_dir():
+        (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")

@@ -1,0 +1,84 @@
+"""The HTML page of a report: well-formed, self-contained, honest about what is missing."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from test_results_folder import write
+from test_results_synthetic import synthetic_record
+
+import report
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+def made(tmp_path: Path, *names: str) -> Path:
+    for name in names:
+        write(tmp_path, synthetic_record(60), name)
+    return tmp_path
+
+
+def read(path: Path) -> ElementTree.Element:
+    return ElementTree.fromstring(path.read_text(encoding="utf-8"))
+
+
+def test_the_page_is_well_formed_self_contained_and_embeds_its_figures(tmp_path: Path) -> None:
+    made(tmp_path, "a", "b&<c>")
+    assert report.main([str(tmp_path / "a"), str(tmp_path / "b&<c>"), "--out", str(tmp_path / "out")]) == 0
+    root = read(tmp_path / "out" / "report.html")
+    images = [image.get("src") or "" for image in root.iter("img")]
+    assert len(images) == 3 + 2 * 3 and all(source.startswith("data:image/png;base64,iVBOR") for source in images)
+    for element in root.iter():
+        assert element.tag not in ("script", "link", "iframe", "object")
+        for key in ("href", "src"):
+            assert (element.get(key) or "data:").startswith("data:")
+    text = "".join(root.itertext())
+    assert "url(" not in text and "@import" not in text
+    assert "b&<c>" in text and "simulated" in text and "Configuration and provenance" in text
+    headings = [element.text for element in root.iter() if element.tag in ("h1", "h2")]
+    assert headings[0] == "Which system pays here?" and root.find(".//div[@class='answer']") is not None
+    assert (tmp_path / "a" / "instances.pdf").exists()
+
+
+@pytest.mark.parametrize("missing", ["requests.parquet", "timeline.parquet", "manifest.json", "config.yaml"])
+def test_a_damaged_folder_is_named_and_the_rest_drawn(
+    tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(tmp_path, "a")
+    (tmp_path / "a" / missing).unlink()
+    assert report.main([str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 3
+    assert missing in capsys.readouterr().err
+    root = read(tmp_path / "out" / "report.html")
+    assert missing in "".join(root.itertext()) and len(list(root.iter("img"))) == 3
+
+
+def test_garbage_in_a_file_is_damage_and_no_run_at_all_is_an_error(tmp_path: Path) -> None:
+    made(tmp_path, "a")
+    (tmp_path / "a" / "summary.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    out = ["--out", str(tmp_path / "out")]
+    assert report.main([str(tmp_path / "a"), str(tmp_path / "empty"), *out]) == 3
+    assert report.main([str(tmp_path / "empty"), *out]) == 2
+
+
+def test_a_folder_of_runs_stands_for_its_runs_and_seeds_are_one_row(tmp_path: Path) -> None:
+    made(tmp_path / "sweep", "vllm-s0", "mell-s0")
+    assert [path.name for path in report.run_folders(tmp_path / "sweep")] == ["mell-s0", "vllm-s0"]
+    assert report.main([str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]) == 0
+    rows = [cell.text for cell in read(tmp_path / "out" / "report.html").iter("td")]
+    assert "vllm" in rows and "mell" in rows
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine")
+def test_a_browser_draws_it(tmp_path: Path) -> None:
+    made(tmp_path, "a")
+    assert report.main([str(tmp_path / "a"), "--out", str(tmp_path)]) == 0
+    shot = tmp_path / "shot.png"
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={shot}",
+               (tmp_path / "report.html").as_uri()]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert shot.read_bytes().startswith(b"\x89PNG")
