@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -75,6 +75,7 @@ def summary_table(summary: Summary, name: str, runtime: str, manifest: Mapping[s
         _row("in the cluster", f"{f('mean_running')} running, {f('mean_waiting')} waiting on average"),
         _row("movement", f"{f('num_preemptions')} preemptions, {f('num_migrations')} migrations, "
              f"{f('bytes_moved', 1e-9)} GB moved, {f('cached_token_share', 100)}% of prompt tokens cached"),
+        *_mechanism_rows(f, summary),
         _row("GPUs", f"{f('mean_num_gpus')} on average, {f('peak_num_gpus')} at peak, {f('gpu_seconds')} GPU-seconds"),
     ]  # fmt: skip
     wall_s = manifest.get("wall_seconds")
@@ -82,6 +83,21 @@ def summary_table(summary: Summary, name: str, runtime: str, manifest: Mapping[s
         rate = (summary.get("num_requests") or 0) / wall_s
         rows.append(_row("wall time", f"{wall_s:.3f} s, {rate:,.0f} requests/s"))
     return "\n".join(rows)
+
+
+def _mechanism_rows(f: Callable[..., str], summary: Summary) -> list[str]:
+    """What moving, remapping and pipelining cost; nothing where there was none of it."""
+    rows = []
+    if summary.get("num_parked_stalls"):
+        rows.append(_row("stalls", f"{f('num_parked_stalls')} parked for {f('mean_parked_stall_ms')} ms on average, "
+                         f"P99 {f('p99_parked_stall_ms')} ms, longest {f('max_parked_stall_ms')} ms"))  # fmt: skip
+    if summary.get("copy_gb") or summary.get("load_gb"):
+        rows.append(_row("links", f"{f('copy_gb')} GB copied at {f('copy_gb_per_s')} GB/s, "
+                         f"{f('load_gb')} GB of parameters at {f('load_gb_per_s')} GB/s"))  # fmt: skip
+    if summary.get("stage_work_s"):
+        rows.append(_row("pipelines", f"stages idle {f('stage_idle_share', 100)}% of {f('stage_work_s')} s with work, "
+                         f"the worst {f('max_stage_idle_share', 100)}%"))  # fmt: skip
+    return rows
 
 
 def _row(name: str, text: str) -> str:

@@ -111,6 +111,42 @@ class MoveColumns:
 
 
 @dataclass(slots=True)
+class StallColumns:
+    """From leaving a lane to the next token; `cause` is how it left (see `common.executors.simstalls`)."""
+
+    request_id: array[int] = field(default_factory=_column)
+    begin_ns: array[int] = field(default_factory=_column)
+    end_ns: array[int] = field(default_factory=_column)
+    cause: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StageColumns:
+    """Times in which an instance's pipeline had work, and how much of it the instance was busy."""
+
+    start_ns: array[int] = field(default_factory=_column)
+    end_ns: array[int] = field(default_factory=_column)
+    instance: array[int] = field(default_factory=_column)
+    busy_ns: array[int] = field(default_factory=_column)
+
+
+@dataclass(slots=True)
+class RemapColumns:
+    """Drops, shrinks and loads that are done. `start_ns` is the command's; afterwards the KV range has `kv_cells`
+    cells, `spare_bytes` of the dropped layers make no whole cell, and `spare_cells` make no block of all layers that
+    the instance still holds."""
+
+    start_ns: array[int] = field(default_factory=_column)
+    end_ns: array[int] = field(default_factory=_column)
+    instance: array[int] = field(default_factory=_column)
+    layers: array[int] = field(default_factory=_column)
+    kv_cells: array[int] = field(default_factory=_column)
+    spare_bytes: array[int] = field(default_factory=_column)
+    spare_cells: array[int] = field(default_factory=_column)
+    kind: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class RunRecord:
     """Everything that a run leaves behind besides its configuration."""
 
@@ -118,6 +154,9 @@ class RunRecord:
     segments: SegmentColumns = field(default_factory=SegmentColumns)
     timeline: TimelineColumns = field(default_factory=TimelineColumns)
     moves: MoveColumns = field(default_factory=MoveColumns)
+    stalls: StallColumns = field(default_factory=StallColumns)
+    stages: StageColumns = field(default_factory=StageColumns)
+    remaps: RemapColumns = field(default_factory=RemapColumns)
     marks: list[tuple[int, int, str, str]] = field(default_factory=list)  # (time_ns, instance, kind, text)
     up_intervals: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # instance -> (from, to) ns
     end_ns: int = 0

@@ -33,7 +33,7 @@ __all__ = ["LoadedRun", "RunFolder", "load_run", "replacing"]
 
 STATUS_NAMES = tuple(status.name.lower() for status in sorted(RequestStatus))
 OWN_FILES = ("config.yaml", "summary.json", "trace.json", "outputs.jsonl", *(f"{t}.parquet" for t in
-             ("requests", "timeline", "segments", "moves", "marks")))  # fmt: skip
+             ("requests", "timeline", "segments", "moves", "marks", "stalls", "stages", "remaps")))  # fmt: skip
 FIGURES = ("overview", "latency_cdf", "instances")
 
 
@@ -264,19 +264,27 @@ def moved_bytes(moves: MoveColumns, instance: Ints, time_ns: Ints) -> Ints:
 
 
 def optional_tables(record: RunRecord, log_segments: bool) -> dict[str, dict[str, Any]]:
-    """Tables that only some runs have: marks where a policy left any, segments and moves where asked for."""
+    """Tables that only some runs have: marks, stalls, stages and remaps where there are any, segments and moves where
+    asked for."""
     tables: dict[str, dict[str, Any]] = {}
     if record.marks:
         time_ns, instance, kind, text = zip(*record.marks)
         tables["marks"] = {"time_ns": np.array(time_ns, np.int64), "instance": np.array(instance, np.int64),
                            "kind": _strings(kind), "text": _strings(text)}  # fmt: skip
+    for name in ("stalls", "stages", "remaps"):
+        columns = _columns(getattr(record, name))
+        if len(next(iter(columns.values()))):
+            tables[name] = columns
     if log_segments:
-        segments, moves = record.segments, record.moves
-        tables["segments"] = {name: as_numpy(getattr(segments, name)) for name in SEGMENT_COLUMNS}
-        numbers = [name for name in moves.__slots__ if name != "kind"]
-        tables["moves"] = {name: as_numpy(getattr(moves, name)) for name in numbers}
-        tables["moves"]["kind"] = _strings(moves.kind)
+        tables["segments"] = {name: as_numpy(getattr(record.segments, name)) for name in SEGMENT_COLUMNS}
+        tables["moves"] = _columns(record.moves)
     return tables
+
+
+def _columns(rows: Any) -> dict[str, Any]:
+    """Columns of integers as arrays, lists of words as strings."""
+    found = {name: getattr(rows, name) for name in rows.__slots__}
+    return {name: _strings(one) if isinstance(one, list) else as_numpy(one) for name, one in found.items()}
 
 
 def _manifest(

@@ -71,6 +71,15 @@ class InstanceMemory:
         dropped = self.resident.count(False) - len(self.loading) - returning
         return self.info.kv_cells + dropped * self.info.layer_param_bytes // self.info.cell_bytes
 
+    def spare_bytes(self) -> int:
+        """Bytes of dropped layers that make no whole cell."""
+        dropped = self.resident.count(False) - len(self.loading)
+        return dropped * self.info.layer_param_bytes % self.info.cell_bytes
+
+    def spare_cells(self) -> int:
+        """Cells that make no whole block of the layers that are resident."""
+        return self.capacity % max(1, self.resident.count(True))
+
     def has(self, layers: Layers) -> bool:
         """Are all these layers' parameters here?"""
         return all(self.resident[layers[0] : layers[1]])

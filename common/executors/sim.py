@@ -25,7 +25,9 @@ from common.executors.simlane import Member, SimLane, Target
 from common.executors.simloss import Losses
 from common.executors.simmembers import Members
 from common.executors.simmoves import Moves
+from common.executors.simpipes import Pipes
 from common.executors.simremote import remote_extra_ns
+from common.executors.simstalls import Stalls
 from common.executors.simstate import ARRIVAL, DONE, MESSAGE, TIMER, UP, SimState
 from common.executors.source import NEVER, Client, WorkloadLike, integers
 from common.record import RunRecord, pack_segment
@@ -57,13 +59,14 @@ FINISHED, LIVE, REJECTED = int(RequestStatus.FINISHED), int(RequestStatus.LIVE),
 class SimInstance:
     """The compute side of an instance: a FIFO server."""
 
-    __slots__ = ("active", "fifo", "id", "lanes", "remote_load", "serving")
+    __slots__ = ("active", "fifo", "id", "lanes", "piped", "remote_load", "serving")
 
     def __init__(self, instance: int) -> None:
         self.id = instance
         self.serving: SimLane | None = None
         self.fifo: deque[SimLane] = deque()
         self.active = 0  # lanes with a running step that has a stage here
+        self.piped = 0  # those of several stages
         self.lanes: dict[int, SimLane] = {}  # with a stage here
         self.remote_load: dict[int, float] = {}  # lane -> share of this instance's time it takes as a creditor
 
@@ -102,6 +105,7 @@ class SimExecutor:
         prompt = integers(workload.prompt_tokens)
         self.members = self.members_type(self.state, self, prompt, integers(workload.output_tokens))
         self.losses = self.losses_type(self)
+        self.stalls, self.pipes = Stalls(record.stalls), Pipes(record.stages)
         self.generated = self.members.generated
         self._segments = record.segments.packed
         self._costs: dict[tuple[int, bool, bool], StageCost] = {}
@@ -154,6 +158,7 @@ class SimExecutor:
 
     def _close(self) -> None:
         self.record.end_ns = max(self.record.end_ns, self.state.now)
+        self.pipes.close(self.instances, self.state.now)
         self.control.close()
 
     def _work_pending(self) -> bool:
@@ -235,6 +240,8 @@ class SimExecutor:
         lane.stop = False
         for foot in lane.feet:
             foot.active += 1
+        if not lane.simple:
+            self.pipes.started(lane, self.state.now)
         event = self._begin(lane, self.state.now)
         if event is not None:
             self.state.ready.append(event)
@@ -382,6 +389,8 @@ class SimExecutor:
         now = self.state.now
         instance = lane.feet[lane.stage]
         instance.serving = None
+        if instance.piped:
+            self.pipes.served(instance, lane.item_start, now)
         if lane.stage + 1 < len(lane.stages):
             self.next_in_line(instance, now)
             self._hop(lane, now)
@@ -416,6 +425,8 @@ class SimExecutor:
         if lane.runs_decodes:
             phase = lane.phase
             if phase.num:
+                if lane.resumed:
+                    self.stalls.iterated(lane, now)
                 settled, lane.settled = lane.settled, 0
                 grown = phase.growth(lane.iteration + settled, count - settled)
                 if lane.spread:
@@ -477,6 +488,8 @@ class SimExecutor:
         if entry.sample:
             if self.generated[request_id] == 0:
                 self.record.requests.first_token_ns[request_id] = now
+            if self.stalls.open:
+                self.stalls.token(request_id, now)
             self.generated[request_id] += 1
         left = self.members.output[request_id] - self.generated[request_id]
         member = Member(entry, entry.target - lane.iteration, lane.iteration + left)
@@ -514,6 +527,8 @@ class SimExecutor:
         self.record.num_iterations += count
         for foot in lane.feet:
             foot.active -= 1
+        if not lane.simple:
+            self.pipes.ended(lane, self.state.now)
         if self.moves.waits_for_steps or lane.followers:
             self.moves.step_ended(lane, command_id)
         if lane.id in self.control.creditors:
@@ -549,6 +564,7 @@ class SimExecutor:
             raise ContractError(f"request {request_id} aborted but in a lane: remove it first")
         requests.status[request_id] = REJECTED
         requests.reasons[request_id] = command.reason
+        self.stalls.open.pop(request_id, None)
         self.moves.cancel(request_id)
         self.state.free_all(request_id)
         self.live -= 1

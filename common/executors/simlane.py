@@ -46,7 +46,7 @@ class SimLane:
     __slots__ = (
         "budget", "chunks", "command_id", "contexts", "costs", "due", "durations", "feet", "finishes", "followers",
         "id", "item_iterations", "item_start", "iteration", "limit", "members", "paced", "phase", "prefilled",
-        "prefix", "ran", "reclaim", "rule", "runs_decodes", "settled", "simple", "spread", "stage", "stages",
+        "prefix", "ran", "reclaim", "resumed", "rule", "runs_decodes", "settled", "simple", "spread", "stage", "stages",
         "step_from", "stop", "sum_offset", "targets",
     )  # fmt: skip
 
@@ -84,6 +84,7 @@ class SimLane:
         self.paced: list[Any] = []  # copies that advance by iterations of this lane
         self.followers: list[Any] = []  # by-layer copies behind the running step
         self.feet: list[Any] = []  # instances of the stages
+        self.resumed: list[int] = []  # joined and without a token since
 
     def effective_context(self, alphas: Sequence[float]) -> int:
         """Mean context, moved towards the longest by the batch size's alpha; it grows by exactly one an iteration."""

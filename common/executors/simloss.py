@@ -25,7 +25,7 @@ class Losses:
 
     def _drop_from_dead(self, lane: SimLane, request_id: int) -> None:
         """As a preemption, but the instance's doing: it is not counted as one."""
-        self.executor.members.evict(lane, request_id, keep=False)
+        self.executor.members.evict(lane, request_id, keep=False, cause="lost")
         self.executor.record.requests.num_preemptions[request_id] -= 1
 
     def lose(self, instance: int) -> None:
@@ -61,6 +61,8 @@ class Losses:
         if done > 0:
             self.executor.grow(lane, lane.phase.growth(lane.iteration + lane.settled, done - lane.settled))
             lane.settled = 0
+            if lane.resumed:
+                self.executor.stalls.iterated(lane, self.executor.state.now)
             prefix, context = lane.prefix[lane.phase.num], lane.effective_context(lane.costs[0].skew_alphas)
             self.executor.note_segment(lane, lane.item_start + prefix[context + done] - prefix[context], done)
             lane.iteration += done
@@ -70,9 +72,13 @@ class Losses:
         for foot in lane.feet:
             foot.active -= 1
             if foot.serving is lane:
+                if foot.piped:
+                    self.executor.pipes.served(foot, lane.item_start, self.executor.state.now)
                 foot.serving = None
             if lane in foot.fifo:
                 foot.fifo.remove(lane)
+        if not lane.simple:
+            self.executor.pipes.ended(lane, self.executor.state.now)
 
     def _answer_failed(self, lane: SimLane) -> None:
         if lane.command_id is not None:

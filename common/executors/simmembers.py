@@ -64,6 +64,8 @@ class Members:
                 raise ContractError(f"request {request_id} decodes beyond its end")
             member = Member(entry, entry.computed - lane.iteration, lane.iteration + left)
             lane.join(member, bool(lane.costs[0].skew_alphas))
+            if self.executor.stalls.open:
+                self.executor.stalls.rejoined(lane, request_id)
         else:
             lane.targets.append(Target(entry))
 
@@ -120,9 +122,10 @@ class Members:
                 return target.computed
         raise ContractError(f"request {request_id} is not in lane {lane.id}")
 
-    def evict(self, lane: SimLane, request_id: int, keep: bool) -> None:
+    def evict(self, lane: SimLane, request_id: int, keep: bool, cause: str = "removed") -> None:
         """Remove a request at a boundary: free its KV (a preemption), or park it under its name."""
         stored = self.stored(lane, request_id)
+        self.executor.stalls.left(lane, request_id, self.state.now, "parked" if keep else cause)
         member = lane.members.get(request_id)
         if member is not None:
             entry, charged = member.entry, stored

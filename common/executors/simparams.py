@@ -64,14 +64,16 @@ class Params:
                     foot.lanes.pop(lane.id, None)
                 lane.stages, lane.feet = (), []  # it needs a new route
         memory.resident[layers[0] : layers[1]] = [False] * (layers[1] - layers[0])
-        self._at_boundary(command, state.cluster.remap_ns, self._dropped, command)
+        self._at_boundary(command, state.cluster.remap_ns, self._dropped, (command, state.now))
 
-    def _dropped(self, command: DropLayers, _: int) -> Event | None:
+    def _dropped(self, argument: tuple[DropLayers, int], _: int) -> Event | None:
+        command, started = argument
         if self._pending.pop(command.command_id, None) is None:
             return None
         memory = self.state.memory[command.instance]
         memory.capacity = memory.full_capacity()
         self.executor.layers_dropped(command)
+        self._note("drop", started, command.instance, command.layers[1] - command.layers[0])
         return LayersDropped(command.command_id, Status.OK, memory.capacity, self.executor.lanes_of(command.instance))
 
     # ------------------------------------------------------------ load
@@ -98,6 +100,7 @@ class Params:
                 memory.resident[layer] = True
             self.executor.layers_loaded(command, sorted(missing))
             state.moved(start, src, instance, num_bytes, -1, "load")
+            self._note("load", start, instance, len(missing))
             lanes = self.executor.lanes_of(instance)
             state.ready.append(LayersLoaded(command.command_id, Status.OK, memory.capacity, lanes))
 
@@ -121,13 +124,26 @@ class Params:
         memory.capacity = min(command.num_cells, memory.full_capacity())
         self.executor.kv_resized(command.instance)
         delay = int(2 * moved * memory.info.cell_bytes * 1e9 / state.cluster.compact_bandwidth)
-        self._at_boundary(command, delay, self._shrunk, (command, moved))
+        self._at_boundary(command, delay, self._shrunk, (command, moved, state.now))
 
-    def _shrunk(self, argument: tuple[ShrinkKV, int], _: int) -> Event | None:
-        command, moved = argument
+    def _shrunk(self, argument: tuple[ShrinkKV, int, int], _: int) -> Event | None:
+        command, moved, started = argument
         if self._pending.pop(command.command_id, None) is None:
             return None
+        self._note("shrink", started, command.instance, 0)
         return ShrinkDone(command.command_id, Status.OK, moved, self.executor.lanes_of(command.instance))
+
+    def _note(self, kind: str, started: int, instance: int, layers: int) -> None:
+        """Record a change of parameters or of the KV range that is done now."""
+        rows, memory = self.state.record.remaps, self.state.memory[instance]
+        rows.start_ns.append(started)
+        rows.end_ns.append(self.state.now)
+        rows.instance.append(instance)
+        rows.layers.append(layers)
+        rows.kv_cells.append(memory.capacity)
+        rows.spare_bytes.append(memory.spare_bytes())
+        rows.spare_cells.append(memory.spare_cells())
+        rows.kind.append(kind)
 
     # ------------------------------------------------------------ losses
 

@@ -42,6 +42,13 @@ class CellLedger:
         """Blocks that a route has when nothing else is there."""
         return min([self.capacity.get(s.instance, 0) // (s.layers[1] - s.layers[0]) for s in stages])
 
+    def whole_blocks(self, stages: tuple[Stage, ...]) -> tuple[int, int]:
+        """Blocks that a route can hold, and cells of its instances that are in none of them: what the scarcest stage
+        leaves over at the others, and what makes no whole block."""
+        blocks = self.capacity_blocks(stages)
+        cells = sum(self.capacity.get(stage.instance, 0) for stage in stages)
+        return blocks, cells - blocks * sum(high - low for _, (low, high) in stages)
+
     def take(self, stages: tuple[Stage, ...], blocks: int) -> None:
         """Charge blocks at every stage (negative: give them back)."""
         for stage in stages:

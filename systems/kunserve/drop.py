@@ -113,7 +113,9 @@ def _dropped(core: Core, group: Group, instance: int, layers: Layers, event: Lay
     if event.status is not Status.OK:
         raise ContractError(f"instance {instance}: layers {layers} were not dropped")
     group.happen(Happening.DROPPED, core.now_ns)
-    core.mark(out, group, "drop", f"{len(group.parked)} to exchange, {len(group.queue)} queued")
+    blocks, spare = core.ledger.whole_blocks(group.route)
+    core.mark(out, group, "drop", f"{len(group.parked)} to exchange, {len(group.queue)} queued, "
+              f"{blocks} blocks, {spare} cells wasted")  # fmt: skip
     pipe, group.old = group.old or core.lane_set(group, group.route), None
     group.sets = [pipe]
     for lane in pipe.lanes:

@@ -17,6 +17,8 @@ def law(num: int, by_night: int) -> settings:
     """The same examples every time; more by night."""
     phases = tuple(Phase) if os.environ.get("KVPLANE_SHRINK") else (Phase.explicit, Phase.generate)
     return settings(max_examples=by_night if NIGHTLY else num, deadline=None, derandomize=True, phases=phases)
+
+
 KILLS = (State.PARKING, State.DROPPING, State.EXCHANGING, State.EXCHANGING, State.PIPELINE, State.SHRINKING,
          State.LOADING, State.DRAINING)  # fmt: skip
 

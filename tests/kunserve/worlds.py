@@ -187,6 +187,11 @@ class Run:
                 assert columns.output_tokens[index] == output
                 assert columns.arrival_ns[index] < columns.first_token_ns[index] <= columns.finish_ns[index]
         state = self.executor.state
+        assert not self.executor.stalls.open, "who ended has had every token"
+        assert all(begin < end for begin, end in zip(self.record.stalls.begin_ns, self.record.stalls.end_ns))
+        stages = self.record.stages
+        for start, end, busy in zip(stages.start_ns, stages.end_ns, stages.busy_ns):
+            assert 0 <= busy <= end - start > 0
         assert not state.held
         assert all(memory.used == 0 for memory in state.memory)
 

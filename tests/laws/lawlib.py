@@ -161,6 +161,7 @@ class Outcome:
                 "output_tokens")},
             "reasons": columns.reasons,
             "iterations": self.record.num_iterations,
+            "stalls": sorted(zip(*(getattr(self.record.stalls, name) for name in self.record.stalls.__slots__))),
             "work": work,
             "progress": [(now, event) for now, event, _ in self.trace if isinstance(event, Progress)],
         }  # fmt: skip
