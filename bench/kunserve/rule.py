@@ -1,17 +1,17 @@
-"""The operating points, by rule and not by result: `python -m bench.kunserve rule` prints what the experiments' files hold.
+"""The operating points, by rule and not by result: what the experiments' files hold.
 
-1. *Rate.* Outside bursts the prompts take 30% of the cluster's prefill speed, so 60% while the rate is doubled: the burst
-   itself can be computed. The share is ours; the paper gives none.
+1. *Rate.* Outside bursts the prompts take 30% of the cluster's prefill speed, so 60% while the rate is doubled: the
+   burst itself can be computed. The share is ours; the paper gives none.
 2. *Memory.* KV memory is what makes the average demand 55% of it (the paper: "< 60%", 56.3-58.4%; 51.5% in its 640 s
    run). Demand is measured on the same arrivals without a limit of KV, from 0 to the last arrival, mean over seeds.
 
-The paper scales the trace and keeps the card's memory. That was tried first and is in the table: where the average demand
-of our simulated A800s is 55% of the card's own KV, their compute is saturated in the burst.
+The paper scales the trace and keeps the card's memory. That was tried first and is in the second table: where the
+average demand of our simulated A800s is 55% of the card's own KV, the peak hardly exceeds it, and compute is saturated.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def prefill_s(config: RunConfig) -> float:
 def unlimited(experiment: str, *overrides: str) -> tuple[float, float, float]:
     """Mean and peak demand in blocks per instance, means over seeds; and P99 TTFT in ms without a limit of KV."""
     found = [simulate(experiment, "system=vllm", UNLIMITED, f"seed={seed}", *overrides) for seed in SEEDS]
-    num, end_s = found[0].config.cluster.num_instances, found[0].config.workload.duration_s
+    num, end_s = found[0].config.cluster.num_instances, cast(float, found[0].config.workload.duration_s)
     series = [demand(one.record)[:2] for one in found]
     mean = np.mean([mean_until(seconds, used, end_s) for seconds, used in series]) / num
     return float(mean), float(np.mean([used.max() for _, used in series]) / num), float(
@@ -60,7 +60,7 @@ def points() -> list[dict[str, Any]]:
         by_rule = quiet if levels is None else quiet * float(np.mean(levels))  # `rate` is the mean of the levels
         mean, peak, ttft = unlimited(name)
         card = cluster_model(compose([f"experiment=kunserve/{name}", "engine.kv_blocks=null"])).instances[0]
-        rows.append({"experiment": name, "rate by rule": by_rule, "rate in file": config.workload.rate,
+        rows.append({"experiment": name, "rate by rule": by_rule, "in the file": getattr(config.workload, "rate", None),
                      "KV blocks by rule": mean / share, "in file": config.kv_blocks,
                      "the card's": card.kv_cells // card.num_layers, "mean demand, blocks": mean,
                      "peak / mean": peak / mean, "unlimited P99 TTFT ms": ttft})  # fmt: skip

@@ -47,6 +47,8 @@ def systems(oracles: bool = True) -> list[str]:
 def simulate(experiment: str, *overrides: str) -> Found:
     """Run conf/experiment/kunserve/<experiment>.yaml with changes; nothing is run twice in one process."""
     config, record = run([f"experiment=kunserve/{experiment}", *QUIET, *overrides])
+    if record.partial:  # interrupted or stalled: a part of a run is no result
+        raise SystemExit(f"{experiment} {' '.join(overrides)}: {record.stopped}")
     return Found(config, record, summarize(record, config.slo, config.cluster.tp))
 
 
@@ -54,8 +56,9 @@ def demand(record: RunRecord) -> tuple[Floats, Floats, Floats]:
     """Seconds, KV blocks in use and KV blocks there are, of the whole cluster, at every sample."""
     rows = record.timeline
     times, place = np.unique(as_numpy(rows.time_ns), return_inverse=True)
-    used = np.bincount(place, as_numpy(rows.kv_used_blocks))
-    return times / 1e9, used, np.bincount(place, as_numpy(rows.kv_capacity_blocks))
+    used, have = (np.bincount(place, as_numpy(column)).astype(np.float64)
+                  for column in (rows.kv_used_blocks, rows.kv_capacity_blocks))  # fmt: skip
+    return times / 1e9, used, have
 
 
 def mean_until(seconds: Floats, values: Floats, end_s: float) -> float:
