@@ -1,0 +1,1 @@
+"""KunServe's experiments, simulated: `python -m bench.kunserve`."""
