@@ -325,4 +325,3 @@ class MemServePolicy:
         job.decode_at = decode
         self.gs.decodes[decode][job.request_id] = job.target
         self.moves.push(job, out)
-
