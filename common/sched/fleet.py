@@ -94,6 +94,7 @@ class FleetPolicy:
             self.hosts[event.instance].waits_for_down = False
         elif isinstance(event, InstanceLost):
             self._lost(event.instance, out)
+        self.mover.wake(now_ns, out)
         for command in out:
             if isinstance(command, Abort):
                 self._gone(command.request_id, out)

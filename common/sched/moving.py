@@ -80,6 +80,7 @@ class Mover:
         self.submit = submit  # a request without KV goes to a lane's instance
         self.by_request: dict[int, Migration] = {}
         self.stats = MoveStats()
+        self._freed: dict[int, MigratingLane] = {}  # lanes that got blocks back between boundaries
         self._copies: dict[int, Migration] = {}
         self._wishes: dict[int, list[Migration]] = {}  # destination lane -> reservations wanted at its next boundary
         self._stalled: dict[int, int] = {}  # request -> when it left its source and stood still
@@ -252,11 +253,20 @@ class Mover:
         if dst_alive and move.mode == "kv" and request_id in move.dst.reserved:
             out.append(FreeSpan(move.dst.instance, request_id))
             move.dst.release(request_id)
+            self._freed[move.dst.lane] = move.dst
+
+    def wake(self, now: int, out: list[Command]) -> None:
+        """At the end of each event: whoever waits at an idle lane for blocks that a dropped move gave back, starts."""
+        freed, self._freed = self._freed, {}
+        for lane in freed.values():
+            if not lane.busy and (lane.waiting or lane.joining):
+                self.boundary(lane, now, out)
 
     def lost(self, lane: MigratingLane, now: int, out: list[Command]) -> list[Seq]:
         """A lane's instance died. Returns the requests that were parked there: they have no KV any more."""
         orphans = []
         self._wishes.pop(lane.lane, None)
+        self._freed.pop(lane.lane, None)
         for move in [move for move in self.by_request.values() if lane in (move.src, move.dst)]:
             self.drop(move.request_id, out, dst_alive=move.dst is not lane)
             if move.parked is None:

@@ -107,6 +107,7 @@ class LlumnixPolicy:
                 self._up(event, out)
         elif isinstance(event, InstanceLost):
             self._lost(event.instance, out)
+        self.mover.wake(now_ns, out)
         for command in list(out):
             if isinstance(command, Abort):
                 self._gone(command.request_id, out)

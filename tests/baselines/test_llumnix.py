@@ -78,6 +78,13 @@ def test_a_head_of_line_request_gets_room_by_a_move():
     assert first[0] < first[1] and not stayed.commands(CopySpan)
 
 
+def test_who_waits_for_blocks_of_a_move_that_is_given_up_starts():
+    """A large request that is on its way to an idle instance finishes first; nothing else happens there."""
+    load = Load(((50, 300, 10), (4000, 300, 10), (1000, 33, 60), (1000, 33, 120)), instances=3, blocks=20, layers=6,
+                max_leap=7)  # fmt: skip
+    assert Run(load, policy(load.model().info(), load.engine()), check=check).drive().finished() == 4
+
+
 def test_a_drained_instance_is_emptied_and_stops():
     load = Load(tuple((300, 40, 60) for _ in range(12)), blocks=60)
     run = Run(load, policy(load.model().info(), load.engine(), drain=((2_000 * US, 0),)), check=check).drive()
