@@ -1,21 +1,19 @@
-"""python -m bench.golden: a small matrix of simulated runs, compared exactly with results/baselines/golden.json.
+"""Small matrices of simulated runs, compared exactly with results/baselines/*.json (`python -m bench.regress`).
 
-Exits 1 and names what moved. `--bless "why"` writes new baselines with the reason. CI runs the same comparison.
+`HARNESS`: the baseline system through the features of the harness. `SYSTEMS`: four systems on four workloads.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.harness import run
 from common.metrics import summarize
 from common.record import RunRecord
-from common.results import replacing
 
 BASELINE = Path(__file__).resolve().parent.parent / "results" / "baselines" / "golden.json"
 SMALL = ["cluster.num_instances=2", "engine.max_num_seqs=64", "run.sample_ms=1000"]
@@ -38,6 +36,14 @@ MATRIX: dict[str, list[str]] = {
     "long context, round robin": ["workload=long_context", "workload.num_requests=60", "system.dispatch=round_robin",
                                   "engine.max_model_len=131072"],
 }  # fmt: skip
+TIGHT = ["cluster.num_instances=4", "model=llama2-7b", "hardware=a100-80g"]
+ARENAS: dict[str, list[str]] = {
+    "burst, little memory": [*TIGHT, "workload=burst", "workload.rate=8", "workload.duration_s=30",
+                             "workload.first_burst_s=8", "engine.kv_blocks=500"],
+    "poisson": [*TIGHT, "workload=poisson", "workload.rate=6", "workload.num_requests=120"],
+    "sessions": [*TIGHT, "workload=sessions", "workload.num_requests=100"],
+    "long context": [*TIGHT, "workload=long_context", "workload.num_requests=30", "engine.max_model_len=131072"],
+}  # fmt: skip
 KEYS = ("completed", "rejected", "duration_s", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms",
         "mean_itl_ms", "p99_e2el_ms", "num_preemptions", "cached_token_share", "output_throughput")  # fmt: skip
 
@@ -53,44 +59,51 @@ def digest(record: RunRecord) -> str:
     return sha.hexdigest()
 
 
-def measure(case: str, seed: int) -> dict[str, Any]:
-    """One cell of the matrix."""
-    config, record = run([*SMALL, *MATRIX[case], f"seed={seed}"])
-    summary = summarize(record, config.slo, config.cluster.tp)
-    return {"requests_sha256": digest(record), "num_events": record.num_events, **{key: summary[key] for key in KEYS}}
+@dataclass(frozen=True)
+class Matrix:
+    """Cells of one baseline file: overrides by case, the seeds, and the metrics that are compared."""
+
+    baseline: Path
+    cases: dict[str, list[str]]
+    keys: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1)
+
+    def cells(self) -> list[tuple[str, int]]:
+        """All (case, seed)."""
+        return [(case, seed) for case in self.cases for seed in self.seeds]
+
+    def measure(self, case: str, seed: int) -> dict[str, Any]:
+        """One cell of the matrix."""
+        config, record = run([*SMALL, *self.cases[case], f"seed={seed}"])
+        summary = summarize(record, config.slo, config.cluster.tp)
+        return {"requests_sha256": digest(record), "num_events": record.num_events,
+                **{key: summary[key] for key in self.keys}}  # fmt: skip
+
+    def read(self) -> dict[str, Any]:
+        """The baselines: reasons, and metrics by cell."""
+        old: dict[str, Any] = {"reasons": [], "cells": {}}
+        return json.loads(self.baseline.read_text()) if self.baseline.exists() else old
 
 
-def cells() -> list[tuple[str, int]]:
-    """All (case, seed)."""
-    return [(case, seed) for case in MATRIX for seed in (0, 1)]
+HARNESS = Matrix(BASELINE, MATRIX, KEYS)
+SYSTEMS = Matrix(
+    BASELINE.with_name("systems.json"),
+    {f"{system}: {name}": [f"system={system}", *overrides]
+     for system in ("kunserve", "infinite_llm", "memserve", "mell") for name, overrides in ARENAS.items()},
+    (*KEYS, "num_migrations", "bytes_moved", "gpu_seconds", "peak_kv_utilisation"),
+)  # fmt: skip
 
 
-def differences(case: str, seed: int, expected: dict[str, Any]) -> list[str]:
-    """What moved in one cell, by how much."""
-    wanted = expected["cells"].get(f"{case}/{seed}")
+def moved(matrix: Matrix, case: str, seed: int, found: dict[str, Any], baselines: dict[str, Any]) -> list[str]:
+    """What moved in one cell, by how much: a line per metric."""
+    wanted = baselines["cells"].get(f"{case}/{seed}")
     if wanted is None:
-        return [f"{case}, seed {seed}: no baseline (bless one)"]
-    found = measure(case, seed)
-    return [f"{case}, seed {seed}: {key} was {wanted.get(key)}, is {value}"
-            for key, value in found.items() if wanted.get(key) != value]  # fmt: skip
+        return [f"{case}, seed {seed}: no baseline in {matrix.baseline.name} (bless one)"]
+    keys = [*found, *(key for key in wanted if key not in found)]
+    pairs = [(key, wanted.get(key), found.get(key)) for key in keys]
+    return [f"{case}, seed {seed}: {key} was {old}, is {new}{_by(old, new)}" for key, old, new in pairs if old != new]
 
 
-def main() -> int:
-    """Compare or bless."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bless", metavar="WHY", help="write new baselines; the reason goes into the file")
-    options = parser.parse_args()
-    old: dict[str, Any] = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"reasons": [], "cells": {}}
-    if options.bless:
-        fresh = {f"{case}/{seed}": measure(case, seed) for case, seed in cells()}
-        BASELINE.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(BASELINE) as path:
-            path.write_text(json.dumps({"reasons": [*old["reasons"], options.bless], "cells": fresh}, indent=1) + "\n")
-        return 0
-    moved = [line for case, seed in cells() for line in differences(case, seed, old)]
-    print("\n".join(moved) if moved else f"{len(cells())} cells unchanged")
-    return 1 if moved else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _by(old: Any, new: Any) -> str:
+    numbers = isinstance(old, int | float) and isinstance(new, int | float)
+    return f" ({100 * (new / old - 1):+.3g}%)" if numbers and old else ""
