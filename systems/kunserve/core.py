@@ -39,6 +39,7 @@ class Core:
         self.missing: dict[int, list[Layers]] = {}  # layers that an instance does not hold
         self.lending: dict[int, int] = {}  # instance -> loads that read its parameters
         self.orphans: list[Seq] = []  # arrived, or were lost, while nobody could take them
+        self.later: list[tuple[int, Callable[[list[Command]], None]]] = []  # (not before, what), done by the next poll
         self._pending: dict[int, tuple[Group, Answer]] = {}
         self._next_id = OWN_IDS
         self._next_lane = len(cluster.instances)
@@ -74,6 +75,13 @@ class Core:
         """A line in the timeline."""
         members = "+".join(str(stage.instance) for stage in group.route)
         out.append(Mark(group.route[0].instance, kind, f"{members} {text}".strip()))
+
+    def do_later(self, out: list[Command]) -> None:
+        """What is due by now."""
+        due = [act for at_ns, act in self.later if at_ns <= self.now_ns]
+        self.later = [item for item in self.later if item[0] > self.now_ns]
+        for act in due:
+            act(out)
 
     # ------------------------------------------------------------ lanes
 

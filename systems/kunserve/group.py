@@ -39,6 +39,7 @@ class Group:
         self.exchange: Exchange | None = None
         self.clearing: list[SharedLane] = []  # lanes that a loss stops
         self.dead: set[int] = set()
+        self.owed = 0  # loads that failed: to be tried again, or given up
 
     def members(self) -> list[int]:
         """Instances that are alive."""

@@ -135,6 +135,7 @@ class KunServePolicy:
         core, limits = self.core, self.core.options.limits
         self._ticking = False
         self._tick(out)
+        core.do_later(out)
         for group in core.groups.values():
             self.monitor.sample(group.id, self._load(group))
         self._overload(out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from common.types import Command, Layers, LayersLoaded, LoadLayers, ShrinkDone, ShrinkKV, Stage, Status
 from systems.kunserve.core import Core
 from systems.kunserve.group import Group
@@ -9,6 +11,7 @@ from systems.kunserve.slices import overlap, without
 from systems.kunserve.state import Happening, State
 
 LOW_PRIORITY = -1
+MAX_ATTEMPTS = 6  # loads of the same layers: from a peer, from another, then from the host
 
 
 def begin(core: Core, group: Group, out: list[Command]) -> bool:
@@ -43,7 +46,7 @@ def _shrunk(core: Core, group: Group, event: ShrinkDone, out: list[Command]) -> 
     for instance in group.members():
         for gap in core.missing[instance]:
             for source, part in _sources(core, group, instance, gap):
-                _load(core, group, instance, part, source, out)
+                _load(core, group, Wanted(instance, part), source, out)
     _loaded(core, group, out)
 
 
@@ -60,16 +63,25 @@ def _sources(core: Core, group: Group, instance: int, gap: Layers) -> list[tuple
     return found + [(_whole_peer(core, instance, part), part) for part in left]
 
 
-def _whole_peer(core: Core, instance: int, part: Layers) -> int | None:
+def _whole_peer(core: Core, instance: int, part: Layers, but: tuple[int | None, ...] = ()) -> int | None:
     """Another group's instance that has these layers and will not drop them meanwhile, nearest first."""
     node = core.cluster.instances[instance].node
     peers = [peer for peer, missing in core.missing.items()
-             if peer != instance and core.group_of[peer].state in (State.SERVING, State.PIPELINE)
+             if peer not in (instance, *but) and core.group_of[peer].state in (State.SERVING, State.PIPELINE)
              and not any(overlap(gap, part) for gap in missing)]  # fmt: skip
     return min(peers, key=lambda peer: (core.cluster.instances[peer].node != node, peer), default=None)
 
 
-def _load(core: Core, group: Group, instance: int, part: Layers, source: int | None, out: list[Command]) -> None:
+class Wanted(NamedTuple):
+    """Layers that an instance has asked for. `tried`: who did not deliver them, None is the host."""
+
+    instance: int
+    part: Layers
+    tried: tuple[int | None, ...] = ()
+
+
+def _load(core: Core, group: Group, wanted: Wanted, source: int | None, out: list[Command]) -> None:
+    instance, part, _ = wanted
     if source is not None:
         core.lending[source] = core.lending.get(source, 0) + 1
 
@@ -82,8 +94,8 @@ def _load(core: Core, group: Group, instance: int, part: Layers, source: int | N
             gaps = [rest for gap in core.missing[instance] for rest in without(gap, part)]
             core.missing[instance] = gaps
             core.ledger.resize(instance, event.kv_cells)
-        elif group.state is State.LOADING:  # the source died: from elsewhere
-            _load(core, group, instance, part, _whole_peer(core, instance, part), out)
+        elif group.state is State.LOADING:
+            _failed(core, group, wanted._replace(tried=(*wanted.tried, source)), out)
             return
         _loaded(core, group, out)
 
@@ -91,9 +103,33 @@ def _load(core: Core, group: Group, instance: int, part: Layers, source: int | N
              piece_bytes=core.options.piece_bytes or (1 << 24), then=then)  # fmt: skip
 
 
+def _failed(core: Core, group: Group, wanted: Wanted, out: list[Command]) -> None:
+    """The source died, or does not deliver: another whole peer at once, then the host after 1, 2, 4 ... polls; in the
+    end the layers stay away (a pipeline goes on as one, a single instance out of service)."""
+    instance, part, tried = wanted
+    what = f"instance {instance} layers {part[0]}-{part[1]}"
+    group.owed += 1
+    if len(tried) >= MAX_ATTEMPTS:
+        core.mark(out, group, "load_given_up", f"{what} after {len(tried)} attempts")
+        return
+
+    def again(out: list[Command]) -> None:
+        if group.state is not State.LOADING or instance not in core.missing:
+            return  # a member died meanwhile: survivors begin anew
+        group.owed -= 1
+        source = _whole_peer(core, instance, part, tried) if len(tried) == 1 else None
+        core.mark(out, group, "load_again", f"{what} from {'the host' if source is None else f'instance {source}'}")
+        _load(core, group, wanted, source, out)
+
+    if len(tried) == 1:
+        again(out)
+    else:
+        core.later.append((core.now_ns + (core.options.limits.poll_ns << (len(tried) - 2)), again))
+
+
 def _loaded(core: Core, group: Group, out: list[Command]) -> None:
     """All members are whole: new requests run locally, old ones finish in the pipeline."""
-    if group.awaited or group.state is not State.LOADING:
+    if group.awaited or group.owed or group.state is not State.LOADING:
         return
     group.happen(Happening.LOADED, core.now_ns)
     core.mark(out, group, "restored")

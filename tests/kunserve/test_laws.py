@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 
-from common.types import CopyDone, CopySpan, LayersDropped, RequestStatus, Status
+from common.types import CopyDone, CopySpan, LayersDropped, LayersLoaded, LoadLayers, RequestStatus, Status
 from systems.baselines.vllm import VllmPolicy
+from systems.kunserve.restore import MAX_ATTEMPTS
 from systems.kunserve.state import State
 from tests.fakes import run as run_fake
 from tests.kunserve.strategies import bursts, law
@@ -95,3 +97,42 @@ def test_two_bursts_drop_twice_and_do_not_oscillate():
     calm = tuple((2000, 20, 4) for _ in range(12))
     run = Run(Burst(first + calm + ((1000, 100, 60), *first[1:]) + calm, 2, 24)).drive()
     assert run.kinds().count("drop") == run.kinds().count("restored") == 2
+
+
+def failing(count: int) -> Run:
+    """A burst whose first loads all fail, as if no source delivered."""
+    run = Run(overflowing())
+    submit, left = run.executor._submit[LoadLayers], [count]
+    run.loads = []
+
+    def load(command: LoadLayers) -> None:
+        run.loads.append((run.executor.state.now, command))
+        if left[0]:
+            left[0] -= 1
+            cells = run.executor.state.memory[command.instance].capacity
+            run.executor.state.ready.append(LayersLoaded(command.command_id, Status.FAILED, cells))
+        else:
+            submit(command)
+
+    run.executor._submit[LoadLayers] = load
+    return run.drive()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_a_load_that_fails_is_tried_again_from_the_host_after_a_while(count):
+    run = failing(count)
+    assert run.kinds()[-2:] == ["restored", "drained"] and run.kinds().count("load_again") == count
+    for instance in (0, 1):
+        mine = [(now, command) for now, command in run.loads if command.instance == instance]
+        sources = [command.source for _, command in mine]
+        assert sources == [1 - instance, *[None] * (len(mine) - 1)], "the peer, then the host"
+        waits = [later[0] - now[0] for now, later in pairwise(mine)]
+        assert not waits or waits[0] == 0
+        assert all(second > first for first, second in pairwise(waits)), "longer every time"
+
+
+def test_loads_that_always_fail_are_given_up_and_the_pipeline_goes_on():
+    run = failing(1 << 30)
+    assert len(run.loads) == 2 * MAX_ATTEMPTS and run.kinds().count("load_given_up") == 2
+    assert "restored" not in run.kinds()
+    assert list(run.record.requests.status) == [RequestStatus.FINISHED] * 28
