@@ -110,6 +110,9 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
         record.partial, record.stopped = True, str(error)
         executor.abandon()
         print(f"warning: the run stopped early: {error}", file=sys.stderr)
+    except BaseException:
+        executor.close()
+        raise
     finally:
         if was_enabled:
             gc.enable()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from common.comm import messages as say
 from common.comm.join import Door, join_groups, store_of, under_torchrun
@@ -57,7 +58,7 @@ class Hub:
                 raise ConfigError(f"runtime=dist: torchrun started {found} processes; {self.num_workers} instances and "
                                   f"the policy need {world_size} (cluster.num_instances)")  # fmt: skip
         else:
-            store, host = dist.TCPStore(HOST, 0, world_size, is_master=True, wait_for_workers=False), HOST
+            store, host = TCPStore(HOST, 0, world_size, is_master=True, wait_for_workers=False), HOST
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             extra = {"MASTER_ADDR": HOST, "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world_size),
                      "KVPLANE_START_S": str(start_s), "KVPLANE_TRANSFER_S": str(transfer_s),

@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from common.comm.peers import Peers
 from common.errors import KVPlaneError
@@ -30,7 +32,7 @@ def under_torchrun() -> bool:
 def store_of(timeout_s: float) -> tuple[Any, int, int]:
     """The store that env:// names, this process's rank, and how many there are."""
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise KVPlaneError(f"runtime=dist: no rendezvous: {str(error).splitlines()[0]}") from None
     return store, rank, world_size
@@ -79,6 +81,6 @@ def _connection(opened: socket.socket) -> Connection:
 
 def join_groups(store: Any, rank: int, world_size: int, backend: str, start_s: float, transfer_s: float) -> Peers:
     """All ranks at once."""
-    inner = dist.PrefixStore("kvplane/groups", store)
+    inner = PrefixStore("kvplane/groups", store)
     dist.init_process_group("gloo", store=inner, rank=rank, world_size=world_size, timeout=timedelta(seconds=start_s))
     return Peers(world_size, backend, transfer_s)

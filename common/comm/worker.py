@@ -145,18 +145,26 @@ class Worker:
         self.peers.send("hidden", self.runner.hidden.pop(order.lane), order.to, sequence)
 
 
-def serve(connection: Any, worker: Worker) -> None:
-    """Orders one by one until `Exit`. A broken contract or a failure is answered too, and what follows as well."""
-    orders: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+Orders = SimpleQueue[tuple[int, Any]]
+
+
+def listen(connection: Any) -> Orders:
+    """Orders as they come in. When the policy process is gone this one ends at once, whatever it is in."""
+    orders: Orders = SimpleQueue()
 
     def read() -> None:
         try:
             while True:
                 orders.put(connection.recv())
         except (EOFError, OSError):
-            os._exit(1)  # the policy process is gone; nothing here outlives it
+            os._exit(1)
 
     threading.Thread(target=read, daemon=True).start()
+    return orders
+
+
+def serve(connection: Any, orders: Orders, worker: Worker) -> None:
+    """Orders one by one until `Exit`. A broken contract or a failure is answered too, and what follows as well."""
     while True:
         sequence, order = orders.get()
         if isinstance(order, say.Exit):
@@ -184,11 +192,12 @@ def main() -> None:
     try:
         store, rank, world_size = store_of(start_s)
         connection = knock(store, rank)
+        orders = listen(connection)
         peers = join_groups(store, rank, world_size, backend, start_s, transfer_s)
     except (KVPlaneError, RuntimeError, OSError, EOFError) as error:
         print(f"worker {os.environ.get('RANK')}: {str(error).splitlines()[0]}", file=sys.stderr)
         os._exit(1)
-    serve(connection, Worker(peers))
+    serve(connection, orders, Worker(peers))
     os._exit(0)  # without waiting for peers' connections
 
 
