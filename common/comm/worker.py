@@ -154,8 +154,10 @@ def listen(connection: Any) -> Orders:
 
     def read() -> None:
         try:
-            while True:
-                orders.put(connection.recv())
+            order = None
+            while not isinstance(order, say.Exit):  # after that the connection may close
+                sequence, order = connection.recv()
+                orders.put((sequence, order))
         except (EOFError, OSError):
             os._exit(1)
 
