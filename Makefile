@@ -6,7 +6,7 @@ ARGS ?= --help
 INSTALL = test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 # Real tensors need torch (half a gigabyte and more); the simulator does not.
-NEEDS := $(if $(findstring runtime=local,$(ARGS)),setup-engine,setup)
+NEEDS := $(if $(or $(findstring runtime=local,$(ARGS)),$(findstring runtime=dist,$(ARGS))),setup-engine,setup)
 
 .PHONY: setup setup-engine run test lint nightly clean
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import sys
 import threading
@@ -66,6 +67,14 @@ def make_executor(config: RunConfig, workload: Any, record: RunRecord) -> SimExe
                 f"runtime=local needs {error.name}, which is not installed: pip install -c constraints.txt '.[engine]'"
             ) from None
         return local_executor(config, workload, record, **options)
+    if config.runtime.name == "dist":
+        try:
+            from common.build_dist import dist_executor
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"runtime=dist needs {error.name}, which is not installed: pip install -c constraints.txt '.[engine]'"
+            ) from None
+        return dist_executor(config, workload, record, **options)
     from common.build import cluster_model
     from common.executors.sim import SimExecutor
 
@@ -102,6 +111,9 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
         record.partial, record.stopped = True, str(error)
         executor.abandon()
         print(f"warning: the run stopped early: {error}", file=sys.stderr)
+    except BaseException:
+        executor.close()
+        raise
     finally:
         if was_enabled:
             gc.enable()
@@ -109,7 +121,7 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
 
 
 def _doing(config: RunConfig) -> str:
-    return "simulating" if config.runtime.name == "sim" else "emulating"
+    return {"sim": "simulating", "local": "emulating"}.get(config.runtime.name, "running")
 
 
 def _agent_faults(config: RunConfig) -> tuple[tuple[int, str, int], ...]:
@@ -179,10 +191,10 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
     from common.results import RunFolder
     from workloads.build import build
 
-    if config.runtime.name not in ("sim", "local"):
-        raise ConfigError(f"runtime={config.runtime.name} is not built yet; use runtime=sim or runtime=local")
+    if config.runtime.name not in ("sim", "local", "dist"):
+        raise ConfigError(f"runtime={config.runtime.name} is not built yet; use runtime=sim, local or dist")
     if config.log.outputs and config.runtime.name == "sim":
-        raise ConfigError("log.outputs=true: runtime=sim makes no tokens; use runtime=local")
+        raise ConfigError("log.outputs=true: runtime=sim makes no tokens; use runtime=local or dist")
     folder = RunFolder.create(config.run.results, config.run_name)
     begin = time.perf_counter()
     workload = build(config.workload, config.seed)
@@ -330,6 +342,10 @@ def _sweep(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run stalled, 2 the user can mend it (one line on stderr), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if os.environ.get("RANK", "0") != "0" and "runtime=dist" in arguments:  # torchrun's: an instance's worker
+        from common.comm.worker import main as work
+
+        work()
     try:
         if any(argument in ("-h", "--help") for argument in arguments):
             print(help_text())

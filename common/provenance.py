@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RUNTIME_LABELS = {"sim": "simulated", "local": "emulated on one device", "dist": "measured"}
+RUNTIME_LABELS = {"sim": "simulated", "local": "emulated on one device", "dist": "emulated by a process each"}
 PACKAGES = ("numpy", "pyarrow", "matplotlib", "hydra-core")
 
 

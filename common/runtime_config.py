@@ -14,12 +14,14 @@ CHOICES = {
     "clock": ("measured", "modelled"),
     "attention": ("auto", "torch", "triton", "flash"),
     "graphs": ("auto", "on", "off"),
+    "backend": ("gloo", "nccl"),
 }
+DIST_ONLY = {"backend", "start_timeout_s", "reply_timeout_s", "transfer_timeout_s"}
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
-    """`sim` has a name only; the other keys are those of conf/runtime/local.yaml."""
+    """`sim` has a name only; the other keys are those of conf/runtime/local.yaml, the last four of dist.yaml alone."""
 
     name: str
     device: str = "auto"
@@ -31,6 +33,10 @@ class RuntimeConfig:
     temperature: float = 0.0
     threads: int = 1
     check: bool = False
+    backend: str = "gloo"
+    start_timeout_s: float = 120.0
+    reply_timeout_s: float = 120.0
+    transfer_timeout_s: float = 120.0
 
     @classmethod
     def from_mapping(cls, tree: Mapping[str, Any]) -> RuntimeConfig:
@@ -39,6 +45,7 @@ class RuntimeConfig:
         if isinstance(tree.get("graphs"), bool):  # on and off are booleans in YAML 1.1
             tree = {**tree, "graphs": "on" if tree["graphs"] else "off"}
         known = {"name"} if name == "sim" else {field.name for field in fields(cls)}
+        known -= set() if name == "dist" else DIST_ONLY
         for key, value in tree.items():
             if key not in known:
                 raise ConfigError(f"runtime.{key} is unknown for runtime={name}; known: {', '.join(sorted(known))}")
@@ -55,3 +62,7 @@ class RuntimeConfig:
             raise ConfigError(f"runtime.temperature={self.temperature!r}: give a number of at least 0 (0: greedy)")
         if not isinstance(self.check, bool):
             raise ConfigError(f"runtime.check={self.check!r}: use true or false")
+        for key in ("start_timeout_s", "reply_timeout_s", "transfer_timeout_s"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise ConfigError(f"runtime.{key}={value!r}: give seconds above 0")

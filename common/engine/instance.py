@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from common.engine.weights import ParameterSource
 from common.errors import ConfigError
 from common.kernels.cache import copy_cells
 from common.types import InstanceInfo, Layers, Tier
+
+Moves = list[tuple[int, int, int]]  # (from, to, cells)
 
 
 @dataclass(slots=True)
@@ -40,8 +43,8 @@ def cell_bytes(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
     return math.prod(cell_shape(spec, block_size)) * dtype.itemsize
 
 
-class EngineInstance:
-    """Owns the bytes. Which cell is whose is `stores`; what may be done when is the executor's business."""
+class InstanceBytes:
+    """Parameter slabs and cells by number. Which cell is whose is told elsewhere."""
 
     def __init__(
         self,
@@ -65,7 +68,6 @@ class EngineInstance:
         assert cell_bytes(spec, block_size, dtype) == info.cell_bytes, "cells of another size than the cluster's"
         self.source = source
         self.poisoned = poison
-        self.remaps = RemapLog()
         self.arena: Arena = make_arena(
             device, info.num_layers, info.layer_param_bytes, info.kv_cells * info.cell_bytes, info.cell_bytes
         )
@@ -74,9 +76,6 @@ class EngineInstance:
             source.layer_into(index, self.arena.layer(index)[: self.layout.num_bytes])
         self.host = make_host_pool(device, self._shape, dtype, info.host_cells * info.cell_bytes)
         self.kv = self._view()
-        hbm = CellStore(info.kv_cells, info.num_layers, self._poison_hbm if poison else None)
-        dram = CellStore(info.host_cells, info.num_layers, self._poison_dram if poison else None)
-        self.stores = {Tier.HBM: hbm, Tier.DRAM: dram}
         if poison:
             self.kv.fill_(math.nan)
 
@@ -93,44 +92,36 @@ class EngineInstance:
             weights = self._weights[index] = self.layout.views(self.arena.layer(index)[: self.layout.num_bytes])
         return weights
 
-    def drop(self, layers: Layers) -> Remap:
-        """These layers' pages become the tail of the KV range."""
+    def drop_pages(self, layers: Layers) -> tuple[Remap, int]:
+        """These layers' pages become the tail of the KV range, which has so many cells then."""
         for index in range(*layers):
             self._weights.pop(index, None)
         remap = self.arena.drop(layers)
-        self.remaps.drops.append(remap)
         self.kv = self._view()
-        self.stores[Tier.HBM].grow(self.arena.num_cells)
-        return remap
+        return remap, self.arena.num_cells
 
-    def resize(self, num_cells: int) -> None:
-        """Compact the KV range to `num_cells`, or let it have back what an earlier call gave up."""
-        store = self.stores[Tier.HBM]
-        if num_cells > store.range.num_cells:
-            self.arena.drop((0, 0))
-            self.kv = self._view()
-            store.grow(num_cells)
-            return
-        for src, dst, num in store.shrink(num_cells):
+    def widen(self, num_cells: int) -> None:
+        """Let the KV range have back what an earlier `compact` gave up."""
+        self.arena.drop((0, 0))
+        self.kv = self._view()
+        assert self.arena.num_cells >= num_cells, "the KV range is narrower than the ledger's"
+
+    def compact(self, num_cells: int, moves: Moves, free: NDArray[np.int64]) -> None:
+        """Make these moves in this order and keep the first `num_cells`, of which `free` are nobody's."""
+        for src, dst, num in moves:
             self.kv[dst : dst + num] = self.kv[src : src + num].clone()  # they may overlap
-            self.remaps.compacted_cells += num
         self.arena.shrink(num_cells * self.info.cell_bytes)
         self.kv = self._view()
         if self.poisoned:
-            free = np.ones(num_cells, bool)
-            for start, num in store.range.runs():
-                free[start : start + num] = False
-            self._poison_hbm(np.flatnonzero(free))
+            self.poison(Tier.HBM, free)
 
-    def load(self, layers: list[int], peer: EngineInstance | None) -> None:
-        """Bring layers back, from a peer's slabs or from the parameter source."""
-        for index in layers:
-            self.remaps.restores.append(self.arena.restore((index, index + 1)))
-            slab = self.arena.layer(index)[: self.layout.num_bytes]
-            if peer is not None:
-                slab.copy_(peer.arena.layer(index)[: self.layout.num_bytes])
-            else:
-                self.source.layer_into(index, slab)
+    def restore(self, index: int) -> tuple[Remap, Tensor]:
+        """Pages for a layer that was dropped, and its slab, whose contents are undefined."""
+        return self.arena.restore((index, index + 1)), self.slab(index)
+
+    def slab(self, index: int) -> Tensor:
+        """Bytes of a resident layer."""
+        return self.arena.layer(index)[: self.layout.num_bytes]
 
     # ------------------------------------------------------------ cells
 
@@ -141,26 +132,15 @@ class EngineInstance:
         self.host.ensure(highest + 1)
         return self.host.tensor
 
-    def move_named(self, digests: list[bytes], source: Tier, goal: Tier) -> None:
-        """Cached blocks that nobody reads change their tier; they are the last to be evicted there, tails first."""
-        for digest in digests:
-            named = self.stores[source].named.remove(digest)
-            moved = self.stores[goal].adopt(digest, named)
-            layers = named.run >= 0
-            here, there = self.cells(source, int(named.cells.max())), self.cells(goal, int(moved.cells.max()))
-            ids = [torch.from_numpy(cells[layers].astype(np.int64)) for cells in (named.cells, moved.cells)]
-            copy_cells(here, ids[0], there, ids[1])
-            self.stores[source].free_named(named)
-        self.stores[goal].named.acquire(digests)
-        self.stores[goal].named.release(digests)
+    def move_cells(self, source: Tier, cells: NDArray[np.int64], goal: Tier, others: NDArray[np.int64]) -> None:
+        """Copy whole cells from tier to tier."""
+        here, there = self.cells(source, int(cells.max())), self.cells(goal, int(others.max()))
+        copy_cells(here, torch.from_numpy(cells), there, torch.from_numpy(others))
 
-    def _poison_hbm(self, cells: NDArray[np.int64]) -> None:
+    def poison(self, tier: Tier, cells: NDArray[np.int64]) -> None:
+        """Nobody may read these before they are written."""
         if len(cells):
-            self.kv[torch.from_numpy(cells)] = math.nan
-
-    def _poison_dram(self, cells: NDArray[np.int64]) -> None:
-        if len(cells):
-            self.cells(Tier.DRAM, int(cells.max()))[torch.from_numpy(cells)] = math.nan
+            self.cells(tier, int(cells.max()))[torch.from_numpy(cells)] = math.nan
 
     def close(self) -> None:
         """Give everything back (it was stopped, or lost)."""
@@ -170,9 +150,104 @@ class EngineInstance:
         self.host.close()
 
 
+class InstanceBooks:
+    """Whose each cell is, and what follows from changes of that for the bytes, wherever they are."""
+
+    info: InstanceInfo
+    poisoned: bool
+
+    def open_books(self) -> None:
+        """All cells free."""
+        self.remaps = RemapLog()
+        poison = self.poison if self.poisoned else None
+        sizes = {Tier.HBM: self.info.kv_cells, Tier.DRAM: self.info.host_cells}
+        self.stores = {
+            tier: CellStore(num, self.info.num_layers, partial(poison, tier) if poison is not None else None)
+            for tier, num in sizes.items()
+        }
+
+    def poison(self, tier: Tier, cells: NDArray[np.int64]) -> None:
+        """As `InstanceBytes`, like the next four."""
+        raise NotImplementedError
+
+    def drop_pages(self, layers: Layers) -> tuple[Remap, int]:
+        raise NotImplementedError
+
+    def widen(self, num_cells: int) -> None:
+        raise NotImplementedError
+
+    def compact(self, num_cells: int, moves: Moves, free: NDArray[np.int64]) -> None:
+        raise NotImplementedError
+
+    def move_cells(self, source: Tier, cells: NDArray[np.int64], goal: Tier, others: NDArray[np.int64]) -> None:
+        raise NotImplementedError
+
+    def drop(self, layers: Layers) -> Remap:
+        """These layers' pages become the tail of the KV range."""
+        remap, num_cells = self.drop_pages(layers)
+        self.remaps.drops.append(remap)
+        self.stores[Tier.HBM].grow(num_cells)
+        return remap
+
+    def resize(self, num_cells: int) -> None:
+        """Compact the KV range to `num_cells`, or let it have back what an earlier call gave up."""
+        store = self.stores[Tier.HBM]
+        if num_cells > store.range.num_cells:
+            self.widen(num_cells)
+            store.grow(num_cells)
+            return
+        moves = store.shrink(num_cells)
+        self.remaps.compacted_cells += sum(num for _, _, num in moves)
+        free = np.ones(num_cells, bool)
+        for start, num in store.range.runs():
+            free[start : start + num] = False
+        self.compact(num_cells, moves, np.flatnonzero(free))
+
+    def move_named(self, digests: list[bytes], source: Tier, goal: Tier) -> None:
+        """Cached blocks that nobody reads change their tier; they are the last to be evicted there, tails first."""
+        for digest in digests:
+            named = self.stores[source].named.remove(digest)
+            moved = self.stores[goal].adopt(digest, named)
+            layers = named.run >= 0
+            self.move_cells(source, named.cells[layers].astype(np.int64), goal, moved.cells[layers].astype(np.int64))
+            self.stores[source].free_named(named)
+        self.stores[goal].named.acquire(digests)
+        self.stores[goal].named.release(digests)
+
+
+class EngineInstance(InstanceBytes, InstanceBooks):
+    """Owns the bytes, and `stores` which say whose they are; what may be done when is the executor's business."""
+
+    def __init__(
+        self, info: InstanceInfo, spec: DecoderSpec, dtype: torch.dtype, device: torch.device, block_size: int,
+        source: ParameterSource, poison: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(info, spec, dtype, device, block_size, source, poison)
+        self.open_books()
+
+    def load(self, layers: list[int], peer: EngineInstance | None) -> None:
+        """Bring layers back, from a peer's slabs or from the parameter source."""
+        for index in layers:
+            remap, slab = self.restore(index)
+            self.remaps.restores.append(remap)
+            if peer is not None:
+                slab.copy_(peer.slab(index))
+            else:
+                self.source.layer_into(index, slab)
+
+
 def move_blocks(
     src: EngineInstance, src_tier: Tier, src_cells: NDArray[np.int32],
     dst: EngineInstance, dst_tier: Tier, dst_cells: NDArray[np.int32],
+    tokens: tuple[int, int], first_block: int, block_size: int,
+) -> None:  # fmt: skip
+    """`put_blocks` between instances and tiers of this process."""
+    source, goal = src.cells(src_tier, int(src_cells.max())), dst.cells(dst_tier, int(dst_cells.max()))
+    put_blocks(source, src_cells, goal, dst_cells, tokens, first_block, block_size)
+
+
+def put_blocks(
+    source: Tensor, src_cells: NDArray[np.int32], goal: Tensor, dst_cells: NDArray[np.int32],
     tokens: tuple[int, int], first_block: int, block_size: int,
 ) -> None:  # fmt: skip
     """Copy tokens [start, end) of cells `[layers, blocks]`, the first of which is block `first_block` of the request.
@@ -180,8 +255,6 @@ def move_blocks(
     Whole blocks go in one gather; of the first and last block only the tokens named, as others may own the rest.
     """
     start, end = tokens
-    source = src.cells(src_tier, int(src_cells.max()))
-    goal = dst.cells(dst_tier, int(dst_cells.max()))
     low, high = -(-start // block_size) - first_block, end // block_size - first_block
     if low < high:
         ids = (torch.from_numpy(part[:, low:high].ravel().astype(np.int64)) for part in (src_cells, dst_cells))

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from common.engine.instance import EngineInstance, RemapLog
+from common.engine.instance import EngineInstance, RemapLog, move_blocks
 from common.engine.model import Decoder
 from common.engine.runner import Runner
 from common.engine.sampler import SamplingParams
 from common.engine.spec import DecoderSpec
 from common.engine.weights import ParameterSource
 from common.kernels.select import choose
-from common.types import InstanceInfo
+from common.types import InstanceInfo, Tier
 
 
 class EngineWorld:
@@ -63,6 +65,19 @@ class EngineWorld:
         if engine is not None:
             self._gone.append(engine.remaps)
             engine.close()
+
+    def move(
+        self, src: tuple[int, Tier, NDArray[np.int32]], dst: tuple[int, Tier, NDArray[np.int32]],
+        tokens: tuple[int, int], first_block: int,
+    ) -> bool:  # fmt: skip
+        """Copy tokens between (instance, tier, cells `[layers, blocks]`); False if an instance is gone meanwhile."""
+        here, there = self.instances[src[0]], self.instances[dst[0]]
+        move_blocks(here, *src[1:], there, *dst[1:], tokens, first_block, self.block_size)
+        return True
+
+    def load(self, index: int, layers: list[int], source: int | None) -> None:
+        """Bring layers back to an instance, from a peer or from the parameter source."""
+        self.instances[index].load(layers, None if source is None else self.instances[source])
 
     def describe(self) -> dict[str, str]:
         """Device, type and kernels, as chosen once."""

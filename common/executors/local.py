@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from common.engine.instance import move_blocks
 from common.engine.runner import Item, StageTimes
 from common.engine.tokens import GENERATED, TokenSource
 from common.engine.work import Batch, Work
@@ -330,15 +329,16 @@ class LocalExecutor(SimExecutor):
 
     # ------------------------------------------------------------ bytes
 
-    def copied(self, command: CopySpan) -> None:
+    def copied(self, command: CopySpan) -> bool:
         """Move a copy's bytes."""
-        src, dst = self.world.instances[command.src], self.world.instances[command.dst]
+        dst = self.world.instances[command.dst]
         size = self.state.block_size
         first, last = command.tokens[0] // size, -(-command.tokens[1] // size)
         source = self._source_cells(command, first, last)
         low, high = command.layers
         goal = dst.stores[command.dst_tier].of(command.request_id).table[low:high, first:last]
-        move_blocks(src, command.src_tier, source, dst, command.dst_tier, goal, command.tokens, first, size)
+        here, there = (command.src, command.src_tier, source), (command.dst, command.dst_tier, goal)
+        return self.world.move(here, there, command.tokens, first)
 
     def _source_cells(self, command: CopySpan, first: int, last: int) -> Any:
         """Cells of a copy's source: the request's own or read ones, else cached blocks of its content."""
@@ -377,8 +377,9 @@ class LocalExecutor(SimExecutor):
         if command.content is not None:
             self._end_named_swap(command, status, source, goal)
         elif status is Status.OK:
-            tables = [engine.stores[tier].of(command.request_id).table[low:high, first:last] for tier in (source, goal)]
-            move_blocks(engine, source, tables[0], engine, goal, tables[1], command.tokens, first, size)
+            tables = {tier: engine.stores[tier].of(command.request_id).table[low:high, first:last] for tier in Tier}
+            here, there = ((command.instance, tier, tables[tier]) for tier in (source, goal))
+            self.world.move(here, there, command.tokens, first)
 
     def _named_span(self, command: SwapSpan, store: Any) -> list[bytes]:
         size = self.state.block_size
@@ -402,8 +403,7 @@ class LocalExecutor(SimExecutor):
 
     def layers_loaded(self, command: LoadLayers, missing: Sequence[int]) -> None:
         """Parameters arrive."""
-        peer = None if command.source is None else self.world.instances[command.source]
-        self.world.instances[command.instance].load(list(missing), peer)
+        self.world.load(command.instance, list(missing), command.source)
 
     def kv_resized(self, instance: int) -> None:
         """Compact, or take back."""

@@ -586,8 +586,10 @@ class SimExecutor:
 
     # ------------------------------------------------------------ for runtimes that have real bytes
 
-    def copied(self, command: CopySpan) -> None:
-        """The last byte of a copy has arrived; its destination is not readable yet."""
+    def copied(self, command: CopySpan) -> bool:
+        """The last byte of a copy has arrived; its destination is not readable yet. False: it has not, as an instance
+        is gone that nobody knows of yet."""
+        return True
 
     def swap_begins(self, command: SwapSpan) -> None:
         """A swap has booked both tiers."""

@@ -174,9 +174,11 @@ class Moves:
         if copy.left or copy.pieces:
             return
         command, state = copy.command, self.state
+        if not self.executor.copied(command):
+            self._end_copy(copy, Status.FAILED)
+            return
         del self.copies[command.command_id]
         self._detach(copy)
-        self.executor.copied(command)
         copy.dst_held.ready = True
         self._merge(copy)
         state.moved(copy.start_ns, command.src, command.dst, copy.sent_bytes, command.request_id, "copy")

@@ -77,17 +77,30 @@ def walk_sim(walk: type[Script], leap: int | None) -> Outcome:
 
 
 def walk_local(walk: type[Script], leap: int | None, **options: Any) -> Outcome:
-    """With real tensors on this process's CPU: free cells hold NaN, and every reply is that of an undisturbed run.
-
-    `options` are the world's."""
+    """With real tensors on this process's CPU. `options` are the world's."""
     from common.executors.local import LocalExecutor
-    from tests.engine.worlds import check_tokens, tiny_world
+    from tests.engine.worlds import tiny_world
+
+    return _walk_really(walk, leap, lambda model: tiny_world(model, **options), LocalExecutor)
+
+
+def walk_dist(walk: type[Script], leap: int | None) -> Outcome:
+    """With real tensors of a worker process per instance."""
+    from common.executors.dist import DistExecutor
+    from tests.dist.pool import dist_world
+
+    return _walk_really(walk, leap, dist_world, DistExecutor)
+
+
+def _walk_really(walk: type[Script], leap: int | None, make_world: Callable[[Any], Any], kind: Any) -> Outcome:
+    """Free cells hold NaN, and every reply is that of an undisturbed run."""
+    from tests.engine.worlds import check_tokens
 
     world = walk.world
     model = cluster(world.instances, world.blocks, world.layers, world.block_size, world.running, world.host_blocks)
     record = RunRecord(RequestColumns.empty(len(walk.workload.prompt_tokens)))
-    engine = tiny_world(model, **options)
-    executor = LocalExecutor(model, walk.workload, record, world=engine)
+    engine = make_world(model)
+    executor = kind(model, walk.workload, record, world=engine)
     outcome = Outcome(walk(model.info(), leap), record)
     drive(outcome.policy, Recorder(executor, outcome.trace), record)
     for instance, live in engine.instances.items():
@@ -104,4 +117,8 @@ def walk_local(walk: type[Script], leap: int | None, **options: Any) -> Outcome:
     return outcome
 
 
-RUNTIMES: dict[str, Callable[[type[Script], int | None], Outcome]] = {"sim": walk_sim, "local": walk_local}
+RUNTIMES: dict[str, Callable[[type[Script], int | None], Outcome]] = {
+    "sim": walk_sim,
+    "local": walk_local,
+    "dist": walk_dist,
+}

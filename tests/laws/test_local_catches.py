@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import common.engine.runner
-import common.executors.local
+import common.engine.world
 from common.driver import drive
 from common.engine.cells import CellStore
 from common.engine.instance import EngineInstance, move_blocks
@@ -165,7 +165,7 @@ def test_a_copy_that_skips_a_layer(monkeypatch, layer):
         src_cells, dst_cells = (np.delete(cells, layer, axis=0) for cells in (src_cells, dst_cells))
         move_blocks(src, src_tier, src_cells, dst, dst_tier, dst_cells, *rest)
 
-    monkeypatch.setattr(common.executors.local, "move_blocks", skipping)
+    monkeypatch.setattr(common.engine.world, "move_blocks", skipping)
     assert "NaN" in caught()
 
 

@@ -1,0 +1,59 @@
+"""From a configuration to workers (`runtime=dist`): sizes as `runtime=local`, an instance each."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from common.build_local import choose_device, decoder_spec, local_cluster
+from common.comm.hub import Hub
+from common.comm.join import under_torchrun
+from common.comm.world import RemoteWorld
+from common.config import RunConfig
+from common.engine.sampler import SamplingParams
+from common.errors import ConfigError
+from common.executors.dist import DistExecutor
+from common.executors.source import WorkloadLike
+from common.record import RunRecord
+
+
+def check(config: RunConfig) -> None:
+    """ConfigError on what this runtime cannot do yet."""
+    runtime = config.runtime
+    if runtime.clock != "modelled":
+        raise ConfigError("runtime.clock=measured: runtime=dist has the modelled clock only; use runtime=local for it")
+    if runtime.graphs == "on":
+        raise ConfigError("runtime.graphs=on: runtime=dist runs eagerly; use runtime.graphs=off")
+    if runtime.backend == "nccl" and runtime.device == "cpu":
+        raise ConfigError("runtime.backend=nccl needs a GPU per worker; use runtime.backend=gloo on a CPU")
+
+
+def dist_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord, **options: Any) -> DistExecutor:
+    """An executor with its workers, which it ends when it is closed."""
+    check(config)
+    runtime, choice = config.runtime, choose_device(config)
+    torch.set_num_threads(runtime.threads)
+    spec = decoder_spec(config, choice.dtype)
+    cluster = local_cluster(config, spec)
+    num = len(cluster.instances)
+    devices = ["cpu"] * num
+    if choice.device.type == "cuda":  # workers of one machine, in order; more machines: set CUDA_VISIBLE_DEVICES there
+        if under_torchrun() and int(os.environ.get("LOCAL_WORLD_SIZE", num + 1)) != num + 1:
+            raise ConfigError("runtime.device=cuda over several machines is not built yet; use runtime.device=cpu")
+        if torch.cuda.device_count() < num:
+            raise ConfigError(f"runtime=dist: {num} instances need a GPU each, {torch.cuda.device_count()} are visible")
+        devices = [f"cuda:{index}" for index in range(num)]
+    hub = Hub(num, runtime.start_timeout_s, runtime.reply_timeout_s, runtime.transfer_timeout_s, runtime.backend)
+    try:
+        world = RemoteWorld(
+            hub, cluster.instances, spec, config.engine.block_size, devices=devices,
+            attention=None if runtime.attention == "auto" else runtime.attention,
+            sampling=SamplingParams(temperature=runtime.temperature, seed=config.seed), seed=config.seed,
+            poison=runtime.check, weights=runtime.weights,
+        )  # fmt: skip
+        return DistExecutor(cluster, workload, record, world=world, **options)
+    except BaseException:
+        hub.close()
+        raise

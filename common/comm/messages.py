@@ -1,0 +1,162 @@
+"""What the policy process tells workers. All of it has one global order; each worker sees its part, in that order.
+
+A transfer is told to both of its ends under one sequence number. Sends never block and receives wait for nothing later
+in that order, so workers cannot deadlock. Arrays are numpy's; ranks are those of torch.distributed (0: the policy).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.engine.sampler import SamplingParams
+from common.engine.spec import DecoderSpec
+from common.engine.work import Batch, PlacePlan
+from common.types import InstanceInfo, Layers, Tier
+
+Cells = NDArray[np.int64]
+Table = NDArray[np.int32]  # [layers, blocks]
+Bands = tuple[tuple[Layers, tuple[PlacePlan, ...]], ...]
+
+
+class Setup(NamedTuple):
+    """What kind of instance to be; one that there was is forgotten. `weights`: a folder; None: random by `seed`."""
+
+    info: InstanceInfo
+    spec: DecoderSpec
+    block_size: int
+    device: str
+    attention: str | None
+    sampling: SamplingParams
+    poison: bool
+    weights: str | None
+    seed: int
+
+
+class Start(NamedTuple):
+    """Parameters, and an empty KV range."""
+
+
+class Stop(NamedTuple):
+    """Give both back."""
+
+
+class Exit(NamedTuple):
+    """End the process."""
+
+
+class Poison(NamedTuple):
+    """Nobody may read these cells before they are written."""
+
+    tier: Tier
+    cells: Cells
+
+
+class DropPages(NamedTuple):
+    """As `InstanceBytes.drop_pages`. Answered."""
+
+    layers: Layers
+
+
+class Widen(NamedTuple):
+    """As `InstanceBytes.widen`."""
+
+    num_cells: int
+
+
+class Compact(NamedTuple):
+    """As `InstanceBytes.compact`."""
+
+    num_cells: int
+    moves: list[tuple[int, int, int]]
+    free: Cells
+
+
+class MoveCells(NamedTuple):
+    """As `InstanceBytes.move_cells`."""
+
+    source: Tier
+    cells: Cells
+    goal: Tier
+    others: Cells
+
+
+class PutBlocks(NamedTuple):
+    """As `put_blocks`, from tier to tier of one instance."""
+
+    source: Tier
+    src_cells: Table
+    goal: Tier
+    dst_cells: Table
+    tokens: tuple[int, int]
+    first_block: int
+
+
+class SendCells(NamedTuple):
+    """Whole cells to a peer."""
+
+    to: int
+    tier: Tier
+    cells: Table
+
+
+class TakeCells(NamedTuple):
+    """The other end: what came is put where `tokens` says. Answered: is it there?"""
+
+    source: int
+    tier: Tier
+    cells: Table
+    tokens: tuple[int, int]
+    first_block: int
+
+
+class SendLayers(NamedTuple):
+    """Slabs to a peer."""
+
+    to: int
+    layers: tuple[int, ...]
+
+
+class Load(NamedTuple):
+    """Layers come back from a peer, or from the parameter source (also if the peer is gone). Answered: remaps."""
+
+    layers: tuple[int, ...]
+    source: int | None
+
+
+class SendHidden(NamedTuple):
+    """The hidden states that a lane's stage here left, to the next one."""
+
+    lane: int
+    to: int
+
+
+class RunStage(NamedTuple):
+    """A stage of an iteration. `source`: who sends the hidden states (None: the first stage, or they are here).
+    Answered: (tokens sampled, as (request, id); is all of it valid: no peer was lost on the way)."""
+
+    lane: int
+    batch: Batch
+    ids: list[int]
+    layers: Layers
+    bands: Bands
+    source: int | None
+
+
+class Attend(NamedTuple):
+    """A creditor's part of a stage at `home`: layer by layer q, k, v come and (o, lse) go back."""
+
+    home: int
+    num_tokens: int
+    bands: Bands
+
+
+class Answer(NamedTuple):
+    """From a worker. `error`: one line; it ends the run. `contract`: it is a ContractError."""
+
+    sequence: int
+    value: Any
+    error: str | None = None
+    contract: bool = False

@@ -1,0 +1,84 @@
+"""Worker to worker: tensors by isend and irecv over three process groups, counted in bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from datetime import timedelta
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.errors import KVPlaneError
+
+KINDS = ("hidden", "copies", "attention")  # a process group each: activations, KV and parameters, remote attention
+TAGS = 1 << 30
+
+
+class PeerLost(Exception):
+    """A peer's connection is closed: its process is gone."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"worker {rank} is gone")
+        self.rank = rank
+
+
+class Peers:
+    """This worker's ends. Made by all ranks at once, the policy's too, which is in none of the groups."""
+
+    def __init__(self, world_size: int, backend: str, timeout_s: float) -> None:
+        workers, timeout = list(range(1, world_size)), timedelta(seconds=timeout_s)
+        self._groups = {kind: dist.new_group(workers, timeout=timeout, backend=backend) for kind in KINDS}
+        self._timeout_s = timeout_s
+        self.sent_bytes: Counter[str] = Counter()
+        self._sending: SimpleQueue[tuple[Any, Tensor]] = SimpleQueue()
+        threading.Thread(target=self._reap, daemon=True).start()
+
+    def send(self, kind: str, tensor: Tensor, to: int, sequence: int) -> None:
+        """Returns at once; the tensor is nobody else's from now on. To a peer that is gone nothing is sent."""
+        self.sent_bytes[kind] += tensor.numel() * tensor.element_size()
+        try:
+            work = dist.isend(tensor, to, group=self._groups[kind], tag=sequence % TAGS)
+        except RuntimeError:
+            return  # the policy learns of it from the peer's own connection
+        self._sending.put((work, tensor))
+
+    def receive(self, kind: str, tensor: Tensor, source: int, sequence: int) -> Tensor:
+        """Fill a contiguous tensor. PeerLost; KVPlaneError when the peer is there but silent."""
+        try:
+            work: Any = dist.irecv(tensor, source, group=self._groups[kind], tag=sequence % TAGS)
+            work.wait()
+        except RuntimeError as error:
+            if "imed out" in str(error) or "imeout" in str(error):
+                raise KVPlaneError(f"nothing came from worker {source} for {self._timeout_s:g} s ({kind}); "
+                                   "see runtime.transfer_timeout_s") from None  # fmt: skip
+            raise PeerLost(source) from None
+        return tensor
+
+    def _reap(self) -> None:
+        """Keeps what is being sent alive until it is out."""
+        while True:
+            work, _ = self._sending.get()
+            try:
+                work.wait()
+            except RuntimeError:
+                continue  # as in `send`
+
+
+def pack(*parts: Tensor) -> Tensor:
+    """One run of bytes of these tensors; those of wider types come first."""
+    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+
+
+def unpack(data: Tensor, *shapes: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+    """The tensors that were packed, as views."""
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes]
+    return [part.view(dtype).view(shape) for part, (shape, dtype) in zip(torch.split(data, sizes), shapes)]
+
+
+def packed_bytes(*shapes: tuple[tuple[int, ...], torch.dtype]) -> int:
+    """How many bytes they come to."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)

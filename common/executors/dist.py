@@ -1,0 +1,93 @@
+"""`runtime=dist`: a worker process per instance. The policy process keeps the books and the event clock of
+`runtime=local`, so that times and tokens are the same; bytes and arithmetic are the workers', side by side.
+
+An iteration is ordered when it is served and waited for at its boundary. A worker that dies becomes `InstanceLost` at
+the instant at which that is noticed: before any later event, and before whatever it failed to do counts."""
+
+from __future__ import annotations
+
+from heapq import heappush
+from typing import Any
+
+from common.comm.world import RemoteItem, RemoteWorld, rank_of
+from common.errors import KVPlaneError
+from common.executors.local import LocalExecutor
+from common.executors.simlane import SimLane
+from common.executors.simstate import DONE
+from common.types import CopySpan, Event
+
+
+class DistExecutor(LocalExecutor):
+    """See the module docstring. `world.hub` is the caller's; `close` ends instances and, with `own_hub`, workers."""
+
+    world: RemoteWorld
+
+    def __init__(self, *args: Any, own_hub: bool = True, **options: Any) -> None:
+        self._own_hub = own_hub
+        self._noticed: set[int] = set()  # instances whose worker's loss has been planned
+        super().__init__(*args, **options)
+
+    def poll(self) -> tuple[int, Event] | None:
+        """As the simulator's; first, who is gone."""
+        self.world.hub.drain()
+        self._tell_losses()
+        return super().poll()
+
+    def _tell_losses(self) -> bool:
+        """Plan `InstanceLost`, now, for workers found gone since the last look. Were there any?"""
+        gone = [info.instance for info in self.cluster.instances if not self.world.hub.alive(rank_of(info.instance))]
+        fresh = [instance for instance in gone if instance not in self._noticed]
+        for instance in fresh:
+            self._noticed.add(instance)
+            self.control.lose_at(self.state.now, instance)
+        return bool(fresh)
+
+    def came_up(self, instance: int) -> None:
+        """As in local. Workers do not come back: without one the instance is lost again at once."""
+        super().came_up(instance)
+        if not self.world.hub.alive(rank_of(instance)):
+            self.control.lose_at(self.state.now, instance)
+
+    def copied(self, command: CopySpan) -> bool:
+        """Move a copy's bytes, and wait until they are there."""
+        if super().copied(command):
+            return True
+        self._tell_losses()
+        return False
+
+    def _compose(self, lane: SimLane) -> RemoteItem:
+        item = super()._compose(lane)
+        return RemoteItem(item.batch, item.ids, lane.id)
+
+    def _item_end(self, lane: SimLane, sequence: int) -> Event | None:
+        if sequence == lane.due and lane.stage + 1 == len(lane.stages):
+            item = self._items[lane.id]
+            assert isinstance(item, RemoteItem)
+            if not self.world.runner.finish(item):
+                self._again(lane, sequence)
+                return None
+        return super()._item_end(lane, sequence)
+
+    def _again(self, lane: SimLane, sequence: int) -> None:
+        """A boundary whose result is missing: first the loss that explains it, which voids it."""
+        self.world.hub.drain(1.0)
+        if not self._tell_losses() and self.world.hub.alive(*(rank_of(place) for place in self._places(lane))):
+            raise KVPlaneError(f"lane {lane.id}: an iteration failed, but no worker of it is gone: a connection broke")
+        heappush(self.state.heap, (self.state.now, DONE, lane.id, sequence, self._item_end, lane))
+
+    def _places(self, lane: SimLane) -> set[int]:
+        """Instances that an iteration of a lane needs."""
+        spread = {span.instance for placement in lane.spread.values() for span in placement}
+        return spread | {stage.instance for stage in lane.stages}
+
+    def report(self) -> dict[str, Any]:
+        """As in local, and what the workers sent each other (of those that were still there to tell)."""
+        self.world.close()
+        lost = {str(rank - 1): how for rank, how in self.world.hub.lost.items()}
+        return {**super().report(), "sent_bytes": dict(self.world.sent), "lost_workers": lost}
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.world.close()
+        if self._own_hub:
+            self.world.hub.close()
