@@ -209,8 +209,12 @@ class MemServePolicy:
 
     def _timer(self, event: TimerFired, out: list[Command]) -> None:
         if event.to == "cm":
-            for instance in self.cm.check(self._now, out):
-                if self.options.restart and self.sites[instance].pool.dead and instance not in self._starting:
+            silent = self.cm.check(self._now, out)
+            if self._now > self.cm.timeout_ns:  # configured, and lost before it was up: never heard of
+                silent += [one for one in range(len(self.roles)) if one not in self.sites]
+            for instance in silent if self.options.restart else ():
+                site = self.sites.get(instance)
+                if (site is None or site.pool.dead) and instance not in self._starting:
                     self._starting.add(instance)
                     out.append(StartInstance(self.ids(), instance))
             out.append(SetTimer(self.ids(), self._now + self._beat_ns, "cm"))
