@@ -14,7 +14,7 @@ from bench.memserve import balance, hit_ratio, keep, numbers, simulate
 from common.errors import ConfigError
 from common.plots.style import new_figure
 
-BASE = ("experiment=memserve/sharegpt", "workload.rate=2", "workload.num_requests=400", "engine.kv_blocks=1200")
+BASE = ("experiment=memserve/ablation",)
 PARTS = {
     "base": (),
     "capacity 600 blocks": ("engine.kv_blocks=600",),
@@ -24,7 +24,7 @@ PARTS = {
     "early swap (half free)": ("system.swap_low=0.5", "system.swap_high=0.6"),
     "local TTL 2 s": ("system.local_ttl_s=2",),
     "local TTL 10 s": ("system.local_ttl_s=10",),
-    "stale: local TTL 2 s, trees for ever": ("system.local_ttl_s=2", "system.tree_ttl_s=100000"),
+    "local TTL 2 s, trees too": ("system.local_ttl_s=2", "system.tree_ttl_s=2"),
     "tree TTL 2 s": ("system.tree_ttl_s=2",),
     "tree TTL 10 s": ("system.tree_ttl_s=10",),
     "no fetch (Eq. 2)": ("system.fetch=false",),
@@ -69,16 +69,16 @@ def share() -> None:
     figure, axes = new_figure(1, 2, 9.0, 3.6)
     for rule in RULES:
         for degree in degrees:
-            load = ["experiment=memserve/loogle", "system.roles=3P1D", f"system.policy={rule}", "workload.rate=12",
-                    "workload.num_requests=240", f"workload.num_documents={240 // degree}"]  # fmt: skip
+            load = ["experiment=memserve/share", f"system.policy={rule}",
+                    f"workload.num_documents={240 // degree}"]  # fmt: skip
             rows.append({"policy": rule, "requests_per_document": degree, **measured(load)})
         for axis, key in zip(axes[0], ("hit_ratio", "ttft_s_p99")):
             axis.plot(degrees, [row[key] for row in rows[-len(degrees) :]], marker="o", ms=3, label=rule)
             axis.set_title(f"{key} (simulated)")
-            axis.set_xlabel("requests per document (mean)")
+            axis.set_xlabel("requests per document")
     axes[0][0].legend(fontsize=7)
-    notes = ["Simulated, one seed, 240 requests at 12/s, 3P1D of Llama-2-13B (H800, TP2), pd_caching_3; documents are "
-             "drawn evenly, so the degree is a mean. The workload has no sessions: `session` is least_load here."]  # fmt: skip
+    notes = ["Simulated, one seed, 240 requests at 12/s, 3P1D of Llama-2-13B (H800, TP2), pd_caching_3; every document "
+             "is asked about equally often. The workload has no sessions: `session` is least_load here."]  # fmt: skip
     keep("share", "Routing policies over the share degree", notes, {"points": rows}, figure)
 
 
