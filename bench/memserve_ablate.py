@@ -1,0 +1,95 @@
+"""python -m bench.memserve_ablate parts|share: what the paper leaves out (simulated).
+
+parts: capacity, swap, both TTLs and so the staleness of the scheduler's trees, one at a time, on ShareGPT-shaped
+sessions. share: routing policies over how often each document is asked about (LooGLE-shaped, 3P1D; compare Fig. 15).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from bench.harness import exit_with
+from bench.memserve import balance, hit_ratio, keep, numbers, simulate
+from common.errors import ConfigError
+from common.plots.style import new_figure
+
+BASE = ("experiment=memserve/ablation",)
+PARTS = {
+    "base": (),
+    "capacity 600 blocks": ("engine.kv_blocks=600",),
+    "capacity 2400 blocks": ("engine.kv_blocks=2400",),
+    "capacity 4800 blocks": ("engine.kv_blocks=4800",),
+    "no swap": ("system.swap=false",),
+    "early swap (half free)": ("system.swap_low=0.5", "system.swap_high=0.6"),
+    "local TTL 2 s": ("system.local_ttl_s=2",),
+    "local TTL 10 s": ("system.local_ttl_s=10",),
+    "local TTL 2 s, trees too": ("system.local_ttl_s=2", "system.tree_ttl_s=2"),
+    "tree TTL 2 s": ("system.tree_ttl_s=2",),
+    "tree TTL 10 s": ("system.tree_ttl_s=10",),
+    "no fetch (Eq. 2)": ("system.fetch=false",),
+}
+RULES = ("round_robin", "least_load", "session", "prompt_tree_longest", "prompt_tree_cost")
+
+
+def measured(overrides: list[str]) -> dict[str, Any]:
+    """Hits, false hits, evictions and times of one run."""
+    _, record, policy = simulate(overrides)
+    found, flows = numbers(record), policy.flows.values()
+    prompt = sum(flow.prompt for flow in flows)
+    pools = [site.pool.counters for site in policy.sites.values()]
+    sums = {key: sum(pool[key] for pool in pools) for key in ("evicted", "expired", "swapped_out", "swapped_in")}
+    return {"hit_ratio": hit_ratio(policy), "false_hit_ratio": sum(max(0, f.expected - f.hit) for f in flows) / prompt,
+            "fetched_ratio": sum(flow.fetched for flow in flows) / prompt, **sums,
+            "ttft_s_mean": found["ttft_s_mean"], "ttft_s_p50": found["ttft_s_p50"], "ttft_s_p99": found["ttft_s_p99"],
+            "jct_s_mean": found["jct_s_mean"], "max_over_mean_load": balance(policy),
+            "unfinished": int(sum(status != 2 for status in record.requests.status))}  # fmt: skip
+
+
+def parts() -> None:
+    """One change at a time."""
+    rows = [{"variant": name, **measured([*BASE, *more])} for name, more in PARTS.items()]
+    figure, axes = new_figure(1, 2, 10.0, 4.0)
+    for axis, key in zip(axes[0], ("hit_ratio", "ttft_s_mean")):
+        axis.barh([row["variant"] for row in rows], [row[key] for row in rows])
+        axis.set_title(f"{key} (simulated)")
+        axis.invert_yaxis()
+    axes[0][1].set_yticklabels([])
+    notes = ["Simulated, one seed, 400 requests at 2 sessions/s, 2P2D of Llama-2-13B (H800, TP2), pd_caching_3, "
+             "prompt_tree_cost; base: 1,200 blocks of HBM an instance so that there is pressure. Evicted, expired, "
+             "swapped: blocks, all instances. A false hit is what the scheduler's tree promised and P had not. Only "
+             "LRU by leaf exists, so no other order of eviction is compared."]  # fmt: skip
+    keep("ablation", "Capacity, eviction, TTL, swap and staleness", notes, {"one at a time": rows}, figure)
+
+
+def share() -> None:
+    """The more questions a document has, the more there is to route by."""
+    rows: list[dict[str, Any]] = []
+    degrees = (1, 2, 3, 5)
+    figure, axes = new_figure(1, 2, 9.0, 3.6)
+    for rule in RULES:
+        for degree in degrees:
+            load = ["experiment=memserve/share", f"system.policy={rule}",
+                    f"workload.num_documents={240 // degree}"]  # fmt: skip
+            rows.append({"policy": rule, "requests_per_document": degree, **measured(load)})
+        for axis, key in zip(axes[0], ("hit_ratio", "ttft_s_p99")):
+            axis.plot(degrees, [row[key] for row in rows[-len(degrees) :]], marker="o", ms=3, label=rule)
+            axis.set_title(f"{key} (simulated)")
+            axis.set_xlabel("requests per document")
+    axes[0][0].legend(fontsize=7)
+    notes = ["Simulated, one seed, 240 requests at 12/s, 3P1D of Llama-2-13B (H800, TP2), pd_caching_3; every document "
+             "is asked about equally often. The workload has no sessions: `session` is least_load here."]  # fmt: skip
+    keep("share", "Routing policies over the share degree", notes, {"points": rows}, figure)
+
+
+def main() -> int:
+    """One of the experiments."""
+    jobs = {"parts": parts, "share": share}
+    if len(sys.argv) != 2 or sys.argv[1] not in jobs:
+        raise ConfigError(f"which of {', '.join(jobs)}?")
+    jobs[sys.argv[1]]()
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)
