@@ -41,6 +41,7 @@ def draw_comparison(
     from common.plots import compare_figures, difference_figures, style
 
     folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
     with style.styled():
         paths = style.save(compare_figures.latency_cdfs(runs), folder, "compare_cdf")
         paths += style.save(compare_figures.over_time(runs), folder, "compare_over_time")

@@ -219,6 +219,17 @@ def test_an_interrupted_run_is_readable_and_marked(tmp_path: Path, how: signal.S
     assert manifest["partial"] is True and summary["completed"] > 0 and summary["live_at_end"] >= 0
 
 
+def test_a_system_that_names_another_is_run_and_drawn_beside_it(tmp_path: Path) -> None:
+    """The first command of the README's systems: `system=kunserve` says `against: vllm`."""
+    command = [sys.executable, "run.py", "system=kunserve", "workload=burst", "workload.duration_s=3", "run.name=k",
+               "run.trace=false", f"run.results={tmp_path}"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "k-vllm" in done.stdout and (tmp_path / "k-vllm" / "summary.json").exists()
+    drawn = {path.name for path in (tmp_path / "k" / "beside-vllm").glob("*.png")}
+    assert drawn == {"compare_cdf.png", "compare_over_time.png", "compare_bars.png"}
+
+
 def test_a_sweep_runs_each_job_in_its_own_folder(tmp_path: Path) -> None:
     command = [sys.executable, "run.py", "-m", "seed=0,1", *QUICK, f"run.results={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
