@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,22 +60,17 @@ def make_executor(config: RunConfig, workload: Any, record: RunRecord) -> SimExe
     options: dict[str, Any] = {"oracle": config.system in ORACLES, "faults": faults,
                                "message_faults": _message_faults(config),
                                "agent_faults": _agent_faults(config)}  # fmt: skip
-    if config.runtime.name == "local":
+    runtime = config.runtime.name
+    if runtime in ("local", "dist"):
         try:
-            from common.build_local import local_executor
+            builder = import_module(f"common.build_{runtime}")
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"runtime=local needs {error.name}, which is not installed: pip install -c constraints.txt '.[engine]'"
+                f"runtime={runtime} needs {error.name}, which is not installed: "
+                "pip install -c constraints.txt '.[engine]'"
             ) from None
-        return local_executor(config, workload, record, **options)
-    if config.runtime.name == "dist":
-        try:
-            from common.build_dist import dist_executor
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"runtime=dist needs {error.name}, which is not installed: pip install -c constraints.txt '.[engine]'"
-            ) from None
-        return dist_executor(config, workload, record, **options)
+        executor: SimExecutor = getattr(builder, f"{runtime}_executor")(config, workload, record, **options)
+        return executor
     from common.build import cluster_model
     from common.executors.sim import SimExecutor
 

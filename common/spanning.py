@@ -6,20 +6,11 @@ An instance of the cluster model is then a node, and serves one stage: its even 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 from common.config import RunConfig
 from common.cost.memory import check_tp, kv_capacity_blocks
 from common.errors import ConfigError
-
-
-def stage_layers(num_layers: int, stages: int) -> tuple[tuple[int, int], ...]:
-    """Layers in order, as evenly as they divide, the larger shares first."""
-    each, more = divmod(num_layers, stages)
-    borders = [0]
-    for index in range(stages):
-        borders.append(borders[-1] + each + (index < more))
-    return tuple(pairwise(borders))
+from common.sched.stages import stage_layers
 
 
 def spanning(config: RunConfig) -> RunConfig:

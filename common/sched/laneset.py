@@ -6,7 +6,7 @@ from collections import deque
 
 from common.sched.lane import Seq
 from common.sched.shared import Feeder, SharedLane
-from common.types import Command, Interrupt, Stage
+from common.types import Abort, Command, Interrupt, Stage
 
 
 class LaneSet:
@@ -26,6 +26,14 @@ class LaneSet:
         for lane in self.lanes:
             total += len(lane.running) + len(lane.joining)
         return total
+
+    def take(self, seq: Seq, out: list[Command]) -> None:
+        """Queue a request, or abort it with the reason why no lane could ever serve it."""
+        reason = self.lanes[0].refusal(seq)
+        if reason is not None:
+            out.append(Abort(seq.request_id, reason))
+        else:
+            self.submit(seq, out)
 
     def submit(self, seq: Seq, out: list[Command]) -> None:
         """Queue a request; start an idle lane, or end the step of the emptiest, if it could run there."""

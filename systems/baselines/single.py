@@ -14,6 +14,7 @@ from common.policy import Gauge
 from common.sched.lane import EngineConfig, Seq
 from common.sched.ledger import CellLedger
 from common.sched.shared import SharedLane
+from common.sched.stages import stage_layers
 from common.types import (
     Abort,
     ClusterInfo,
@@ -37,9 +38,7 @@ class SinglePolicy:
             raise ConfigError("system=vllm_single: use engine.prefix_caching=false and engine.scheduler=chunked")
         self.cluster = cluster
         num, layers = len(cluster.instances), cluster.instances[0].num_layers
-        each, more = divmod(layers, num)
-        borders = [index * each + min(index, more) for index in range(num + 1)]
-        self.stages = tuple(Stage(index, (borders[index], borders[index + 1])) for index in range(num))
+        self.stages = tuple(Stage(index, share) for index, share in enumerate(stage_layers(layers, num)))
         self.ledger = CellLedger()
         self.waiting: deque[Seq] = deque()
         self.engine = engine

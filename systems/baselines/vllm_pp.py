@@ -161,11 +161,7 @@ class VllmPpPolicy:
             best = min((one.set for one in self.pipelines), key=lambda lanes: (lanes.outstanding(), lanes.chosen))
         self._picks += 1
         best.chosen = self._picks
-        reason = best.lanes[0].refusal(seq)
-        if reason is not None:
-            out.append(Abort(seq.request_id, reason))
-        else:
-            best.submit(seq, out)
+        best.take(seq, out)
 
     def _step_done(self, event: StepDone, out: list[Command]) -> None:
         pipeline, lane = self.lanes[event.lane]

@@ -173,11 +173,7 @@ class Core:
             return
         self._picks += 1
         best.chosen = self._picks
-        reason = best.lanes[0].refusal(seq)
-        if reason is not None:
-            out.append(Abort(seq.request_id, reason))
-        else:
-            best.submit(seq, out)
+        best.take(seq, out)
 
     def _hold(self, seq: Seq, out: list[Command]) -> None:
         """Nobody admits now: a group that is about to, or whoever comes up, will."""
