@@ -28,7 +28,7 @@ class Core:
         self.cluster = cluster
         self.engine = engine
         self.options = options
-        self.min_tokens = options.min_tokens or engine.max_num_batched_tokens
+        self.min_tokens = min(options.min_tokens, engine.max_num_batched_tokens)
         self.costs = Costs.of(cluster.extra)
         self.num_layers = cluster.instances[0].num_layers
         self.ledger = CellLedger()
@@ -100,8 +100,9 @@ class Core:
         waiting: deque[Seq] = deque()
         pipeline = len(stages) > 1
         feeder = None
-        if pipeline and self.options.lookahead == "on":
-            feeder = LookaheadFeeder(waiting, self.costs, self.min_tokens, self.engine.block_size)
+        if pipeline and self.options.lookahead != "token_count":
+            lanes = len(stages) if self.options.lookahead == "on" else None
+            feeder = LookaheadFeeder(waiting, self.costs, self.min_tokens, self.engine.block_size, lanes)
         greedy = not pipeline and group.state is State.SERVING
         found = LaneSet(stages, [], waiting, feeder)
         for _ in stages:

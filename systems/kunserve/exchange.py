@@ -120,7 +120,7 @@ class Exchange:
         bandwidth = extra.get(f"{medium}_bandwidth")
         if bandwidth is None or "cost_beta" not in extra:
             return infos[src].cell_bytes * core.num_layers
-        stage_ns = core.costs.batch([Chunk(0, 0, core.min_tokens)]) / len(self.group.route)
+        stage_ns = core.costs.batch([Chunk(0, 0, core.engine.max_num_batched_tokens)]) / len(self.group.route)
         return max(1, int(bandwidth * stage_ns / 1e9))
 
     def _answer(self, moving: Moving, band: Band, event: CopyDone, out: list[Command]) -> None:

@@ -1,5 +1,9 @@
 """The queue of a pipeline, cut into micro-batches by `lookahead`; lanes take them in turn, at their boundaries.
 
+Stages serve in order of arrival, so no lane overtakes another: a round of all lanes takes as long as the fullest one
+needs for all its stages. So (ours) what is queued is halved until every lane of the pipeline can have a part, not less
+than MIN tokens; the paper halves down to MIN tokens however many lanes there are (`lanes=None`).
+
 A request stays in the queue until its last part is taken; `computed` says how far its parts have been taken. Stages
 serve in order of arrival, so the next part may follow while the one before is still computed in another lane.
 """
@@ -16,13 +20,15 @@ WINDOW = 64  # requests looked at together
 
 
 class LookaheadFeeder:
-    """See the module docstring. `min_tokens`: micro-batches are cut no smaller than half of it."""
+    """See the module docstring. `min_tokens`: micro-batches are cut no smaller than half of it. `lanes`: how many
+    take them in turn; None cuts by `min_tokens` alone."""
 
-    def __init__(self, waiting: deque[Seq], costs: Costs, min_tokens: int, block: int) -> None:
+    def __init__(self, waiting: deque[Seq], costs: Costs, min_tokens: int, block: int, lanes: int | None) -> None:
         self.waiting = waiting
         self.costs = costs
         self.min_tokens = min_tokens
         self.block = block
+        self.lanes = lanes
         self.front: dict[int, int] = {}  # request -> lane that computes its last part taken
         self._plan: deque[list[Chunk]] = deque()
         self._seqs: dict[int, Seq] = {}
@@ -45,7 +51,8 @@ class LookaheadFeeder:
         window = [seq for seq, _ in zip(self.waiting, range(WINDOW))]
         self._seqs = {seq.request_id: seq for seq in window}
         batch = [Chunk(seq.request_id, seq.computed, seq.known - seq.computed) for seq in window]
-        self._plan.extend(micro_batches(self.costs, batch, min(self.min_tokens, room), self.block))
+        share = 0 if self.lanes is None else -(-sum(one.tokens for one in batch) // self.lanes)
+        self._plan.extend(micro_batches(self.costs, batch, min(max(self.min_tokens, share), room), self.block))
         if self._plan and sum(one.tokens for one in self._plan[0]) > room:
             self._plan.clear()
 

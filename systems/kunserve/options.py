@@ -12,21 +12,20 @@ from systems.kunserve.monitor import Thresholds
 CHOICES = {
     "mode": ("pipeline",),
     "exchange": ("coordinated", "uncoordinated", "recompute"),
-    "lookahead": ("on", "token_count"),
+    "lookahead": ("on", "literal", "token_count"),
     "restore": ("on", "off"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`min_tokens`: None takes the engine's token budget. `piece_bytes`: None takes about one stage's time on the link
-    where the cluster tells its costs."""
+    """`piece_bytes`: None takes about one stage's time on the link where the cluster tells its costs."""
 
     exchange: str = "coordinated"
     lookahead: str = "on"
     restore: str = "on"
     limits: Thresholds = field(default_factory=Thresholds)
-    min_tokens: int | None = None
+    min_tokens: int = 256
     exchange_batch: int = 8
     piece_bytes: int | None = None
     max_group: int | None = None
@@ -58,7 +57,7 @@ class Options:
             lookahead=values.get("lookahead", "on"),
             restore=values.get("restore", "on"),
             limits=limits,
-            min_tokens=values.get("min_tokens"),
+            min_tokens=_positive("min_tokens", values.get("min_tokens", 256)),
             exchange_batch=int(values.get("exchange_batch", 8)),
             piece_bytes=None if piece is None else int(piece * 1e6),
             max_group=values.get("max_group"),
@@ -68,3 +67,10 @@ class Options:
 def _switch(value: Any) -> Any:
     """YAML reads on and off as booleans."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _positive(key: str, value: Any) -> int:
+    """A whole number above 0."""
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"system.{key}={value}: give a whole number of tokens above 0")
+    return value

@@ -42,7 +42,7 @@ def bursts(draw, small=False):
     back = draw(st.booleans()) or len(losses) == instances
     options = (
         ("exchange", draw(st.sampled_from(("coordinated", "coordinated", "uncoordinated", "recompute")))),
-        ("lookahead", draw(st.sampled_from(("on", "on", "token_count")))),
+        ("lookahead", draw(st.sampled_from(("on", "on", "literal", "token_count")))),
         ("restore", draw(st.sampled_from(("on", "on", "off")))),
         ("exchange_batch", draw(st.sampled_from((1, 2, 8)))),
         ("min_tokens", draw(st.sampled_from((16, 64, 256)))),
