@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.harness import latencies, run, write_report
-from common.config import RunConfig
+from common.config import RunConfig, compose
 from common.metrics import as_numpy, summarize
 from common.plots.style import new_figure, save, styled
 from common.record import RunRecord
@@ -52,6 +52,30 @@ def simulate(experiment: str, *overrides: str) -> Found:
     return Found(config, record, summarize(record, config.slo, config.cluster.tp))
 
 
+def best_static(experiment: str, *overrides: str) -> Found:
+    """The oracle "static best PP": of all depths that divide the cluster, the one with the least P99 TTFT here."""
+    num = compose([f"experiment=kunserve/{experiment}"]).cluster.num_instances
+    depths = [depth for depth in range(1, num + 1) if num % depth == 0]
+    found = [simulate(experiment, "system=static_pp", f"system.stages={depth}", *overrides) for depth in depths]
+    return min(found, key=lambda one: float(numbers(one)["p99_ttft_ms"]))
+
+
+def played(experiment: str, name: str, seed: int) -> Found:
+    """One of the declared systems on an experiment."""
+    if name == "static_pp":
+        return best_static(experiment, f"seed={seed}")
+    free = ("engine.kv_blocks=null",) if name == "infinite_kv" else ()
+    return simulate(experiment, f"system={name}", f"seed={seed}", *free)
+
+
+def bubbles(found: Found, begin_s: float, end_s: float) -> float:
+    """Percent of the time that stages of pipelines at work idled between two times."""
+    rows = found.record.stages
+    start, end, busy = (as_numpy(column) / 1e9 for column in (rows.start_ns, rows.end_ns, rows.busy_ns))
+    inside = (start >= begin_s) & (end <= end_s)
+    return float(100 * (1 - busy[inside].sum() / (end - start)[inside].sum())) if inside.any() else float("nan")
+
+
 def demand(record: RunRecord) -> tuple[Floats, Floats, Floats]:
     """Seconds, KV blocks in use and KV blocks there are, of the whole cluster, at every sample."""
     rows = record.timeline
@@ -78,8 +102,11 @@ def numbers(found: Found) -> dict[str, Any]:
     out["preemptions"] = found.summary["num_preemptions"]
     out["unfinished"] = found.summary["live_at_end"] + found.summary["rejected"]
     out["drops"] = marked(found.record, "drop")
-    idle = found.summary.get("stage_idle_share")  # of pipelines; where the metrics know it
-    return out if idle is None else {**out, "stage_idle_share": idle}
+    out["stages idle, %"] = 100 * (found.summary.get("stage_idle_share") or 0.0)  # of the time pipelines are at work
+    out["stalled by exchange"] = found.summary.get("num_parked_stalls") or 0
+    out["mean_stall_ms"] = found.summary.get("mean_parked_stall_ms") or 0.0
+    out["moved_gb"] = found.summary.get("copy_gb") or 0.0
+    return out
 
 
 def marked(record: RunRecord, kind: str) -> int:
@@ -115,5 +142,5 @@ def draw(figure: Any, name: str) -> None:
     save(figure, FIGURES, name)
 
 
-__all__ = ["Found", "claim", "demand", "draw", "keep", "marked", "mean_until", "medians", "new_figure", "numbers",
-           "simulate", "spread", "styled", "systems"]  # fmt: skip
+__all__ = ["Found", "bubbles", "claim", "demand", "draw", "keep", "marked", "mean_until", "medians", "new_figure",
+           "numbers", "played", "simulate", "spread", "styled", "systems"]  # fmt: skip
