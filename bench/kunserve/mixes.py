@@ -104,9 +104,9 @@ def _claim(label: str, runs: dict[str, list[Found]], shares: list[dict[str, Any]
                  f"P99 TTFT {spread([b / a['p99_ttft_ms'] for a, b in zip(ours, best)])}x the best baseline of each "
                  f"seed; P50 TPOT {spread(tpot, '+.0f')}% of vllm; violations at 5x: kunserve "
                  f"{five['kunserve']:.1f}%, best baseline {min(five[name] for name in baselines(runs)):.1f}%",
-                 f"our floor: without a limit of KV P99 TTFT is {_floor(runs):,.0f} ms (60% of prefill speed is "
-                 "used in the burst), so no system can gain more than "
-                 f"{np.median(best) / _floor(runs):.1f}x; the paper's floor is an idle prefill")  # fmt: skip
+                 f"without a limit of KV P99 TTFT is {_floor(runs):,.0f} ms (60% of prefill speed is used "
+                 f"in the burst); the best baselines have {np.median(best):,.0f} ms: there is not more to gain. The "
+                 "paper's floor is an idle prefill")  # fmt: skip
 
 
 def _floor(runs: dict[str, list[Found]]) -> float:
@@ -152,8 +152,8 @@ def testbed_b() -> None:
             for key in ("p50_tpot_ms", "p99_tpot_ms")]  # fmt: skip
     claims = [claim("72B LongBench: P99 TTFT 8.4-11.9x better; P50/P99 TPOT +18.3-22.7%",
                     f"{ratio}x the best baseline of each seed; P50/P99 TPOT {tpot[0]}% / {tpot[1]}% of vllm",
-                    f"without a limit of KV P99 TTFT is {_floor(runs):,.0f} ms: the most that can be gained is "
-                    f"{np.median(best) / _floor(runs):.1f}x")]  # fmt: skip
+                    f"without a limit of KV P99 TTFT is {_floor(runs):,.0f} ms, the best baselines (mostly vllm_pp) "
+                    f"have {np.median(best):,.0f} ms")]  # fmt: skip
     keep("testbed_b", "Testbed B: Qwen2.5-72B", ["2 servers of 8 H800, TP4 (4 instances), LongBench lengths, 5 seeds."],
          {"claims": claims, "KunServe against": compared("testbed_b", "LongBench", runs),
           "violations, % of requests": shares, "runs": every})  # fmt: skip
