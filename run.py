@@ -52,14 +52,8 @@ class Outcome:
     manifest: dict[str, Any]
 
 
-def make_executor(config: RunConfig, workload: Any, record: RunRecord) -> SimExecutor:
-    """The world that the configured runtime carries commands out in."""
-    from systems.registry import ORACLES
-
-    faults = tuple((int(seconds * 1e9), instance) for seconds, instance in config.cluster.lost)
-    options: dict[str, Any] = {"oracle": config.system in ORACLES, "faults": faults,
-                               "message_faults": _message_faults(config),
-                               "agent_faults": _agent_faults(config)}  # fmt: skip
+def executor_type(config: RunConfig) -> Callable[..., SimExecutor]:
+    """What makes the world of the configured runtime, imported: `(config, workload, record, **options)`."""
     runtime = config.runtime.name
     if runtime in ("local", "dist"):
         try:
@@ -69,12 +63,23 @@ def make_executor(config: RunConfig, workload: Any, record: RunRecord) -> SimExe
                 f"runtime={runtime} needs {error.name}, which is not installed: "
                 "pip install -c constraints.txt '.[engine]'"
             ) from None
-        executor: SimExecutor = getattr(builder, f"{runtime}_executor")(config, workload, record, **options)
-        return executor
+        made: Callable[..., SimExecutor] = getattr(builder, f"{runtime}_executor")
+        return made
     from common.build import cluster_model
     from common.executors.sim import SimExecutor
 
-    return SimExecutor(cluster_model(config), workload, record, **options)
+    return lambda config, *args, **options: SimExecutor(cluster_model(config), *args, **options)
+
+
+def make_executor(config: RunConfig, workload: Any, record: RunRecord) -> SimExecutor:
+    """The world that the configured runtime carries commands out in."""
+    from systems.registry import ORACLES
+
+    faults = tuple((int(seconds * 1e9), instance) for seconds, instance in config.cluster.lost)
+    return executor_type(config)(
+        config, workload, record, oracle=config.system in ORACLES, faults=faults,
+        message_faults=_message_faults(config), agent_faults=_agent_faults(config),
+    )  # fmt: skip
 
 
 def replay(config: RunConfig, workload: Any) -> Replayed:
@@ -87,6 +92,7 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
     from common.record import RequestColumns, RunRecord
     from systems.registry import make_policy
 
+    executor_type(config)  # imports are no part of the time
     begin = time.perf_counter()
     record = RunRecord(RequestColumns.empty(workload.num_requests))
     executor = make_executor(config, workload, record)
