@@ -36,11 +36,12 @@ All keys and their defaults: conf/config.yaml. Keys of a group: conf/<group>/<na
 
 @dataclass(frozen=True)
 class Replayed:
-    """A run that has been driven to its end, and the wall seconds that it took."""
+    """A run that has been driven to its end, and the wall and CPU seconds that it took (imports aside)."""
 
     record: RunRecord
     executor: SimExecutor
     seconds: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
     from systems.registry import make_policy
 
     executor_type(config)  # imports are no part of the time
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     record = RunRecord(RequestColumns.empty(workload.num_requests))
     executor = make_executor(config, workload, record)
     policy = make_policy(config.system, executor.cluster.info(), config.engine, config.system_options)
@@ -119,7 +120,7 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
     finally:
         if was_enabled:
             gc.enable()
-    return Replayed(record, executor, time.perf_counter() - begin)
+    return Replayed(record, executor, time.perf_counter() - begin, time.process_time() - begin_cpu)
 
 
 def _doing(config: RunConfig) -> str:
@@ -219,6 +220,7 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
         **({"engine": engine} if engine else {}),
         "seed": config.seed,
         "workload_s": workload_s,
+        "simulate_cpu_s": done.cpu_seconds,
         "provenance": workload.provenance,
         "partial": record.partial,
         "stopped": record.stopped,
