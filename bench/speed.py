@@ -48,8 +48,8 @@ def once(overrides: list[str]) -> dict[str, Any]:
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     summary, manifest = outcome.summary, outcome.manifest
     return {"requests": summary["num_requests"], "wall_s": manifest["wall_seconds"],
-            "cpu_s": manifest["simulate_cpu_s"], "rss_mb": rss / 1e6, "events": summary["num_events"], "iterations": summary["num_iterations"],
-            "preemptions": summary["num_preemptions"]}  # fmt: skip
+            "cpu_s": manifest["simulate_cpu_s"], "rss_mb": rss / 1e6, "events": summary["num_events"],
+            "iterations": summary["num_iterations"], "preemptions": summary["num_preemptions"]}  # fmt: skip
 
 
 def fresh(overrides: list[str]) -> dict[str, Any]:
