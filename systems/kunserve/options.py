@@ -10,7 +10,7 @@ from common.errors import ConfigError
 from systems.kunserve.monitor import Thresholds
 
 CHOICES = {
-    "mode": ("pipeline",),
+    "mode": ("pipeline", "remote_attention"),
     "exchange": ("coordinated", "uncoordinated", "recompute"),
     "lookahead": ("on", "token_count"),
     "restore": ("on", "off"),
@@ -22,6 +22,7 @@ class Options:
     """`min_tokens`: None takes the engine's token budget. `piece_bytes`: None takes about one stage's time on the link
     where the cluster tells its costs."""
 
+    mode: str = "pipeline"
     exchange: str = "coordinated"
     lookahead: str = "on"
     restore: str = "on"
@@ -54,6 +55,7 @@ class Options:
             raise ConfigError(f"system.poll_ms={values['poll_ms']}: give a period above 0 ms")
         piece = values.get("piece_mb")
         return Options(
+            mode=values.get("mode", "pipeline"),
             exchange=values.get("exchange", "coordinated"),
             lookahead=values.get("lookahead", "on"),
             restore=values.get("restore", "on"),

@@ -42,7 +42,8 @@ def lose(core: Core, instance: int, out: list[Command]) -> None:
     for seq in held:
         for survivor in group.members():
             out.append(FreeSpan(survivor, seq.request_id))
-        seq.computed = 0
+        core.spread.drop(seq.request_id)
+        seq.computed = seq.shared = 0
     queued = {seq.request_id for lane in group.clearing for seq in lane.waiting}
     queued |= {seq.request_id for lane in group.clearing for seq in lane.joining}
     group.queue += [seq for seq in held if seq.request_id not in queued]

@@ -24,7 +24,7 @@ KILLS = (State.PARKING, State.DROPPING, State.EXCHANGING, State.EXCHANGING, Stat
 
 
 @st.composite
-def bursts(draw, small=False):
+def bursts(draw, small=False, modes=("pipeline", "pipeline", "remote_attention")):
     """Requests in a burst, losses at any time, and every switch."""
     gaps = st.sampled_from((0, 0, 50, 200, 1000) if small else (0, 0, 50, 200, 1000, 4000))
     prompts = st.sampled_from((16, 33, 64, 100, 100) if small else (1, 8, 16, 33, 64, 100, 150, 200, 300))
@@ -40,7 +40,9 @@ def bursts(draw, small=False):
     if not losses and draw(st.booleans()):
         kill = (draw(st.sampled_from(KILLS)), draw(st.integers(0, 3)), draw(st.sampled_from((1, 1, 30_000, 400_000))))
     back = draw(st.booleans()) or len(losses) == instances
+    mode = draw(st.sampled_from(modes))
     options = (
+        ("mode", mode),
         ("exchange", draw(st.sampled_from(("coordinated", "coordinated", "uncoordinated", "recompute")))),
         ("lookahead", draw(st.sampled_from(("on", "on", "token_count")))),
         ("restore", draw(st.sampled_from(("on", "on", "off")))),

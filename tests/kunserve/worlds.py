@@ -108,15 +108,19 @@ class Run:
             if group.exchange is not None:
                 for parked in group.exchange.give_up():
                     self.saw("straddles a drop", parked.seq.request_id, group.id)
-            if group.old is not None and group.state is State.DRAINING:
-                for lane in group.old.lanes:
-                    for request_id in lane.running:
-                        self.saw("straddles a restore", request_id, group.id)
-            if group.state in (State.EXCHANGING, State.PIPELINE):
-                for lane in group.sets[0].lanes:
-                    for request_id in lane.running:
-                        if self.record.requests.first_token_ns[request_id] < 0:
-                            self.saw("starts after a drop", request_id, group.id)
+            for found in group.all_sets():
+                for lane in found.lanes:
+                    self.note_lane(group, lane, found is group.old)
+
+    def note_lane(self, group, lane, old: bool) -> None:
+        for request_id, seq in lane.running.items():
+            if seq.shared:
+                self.saw("straddles a drop", request_id, group.id)
+            if old and group.state is State.DRAINING:
+                self.saw("straddles a restore", request_id, group.id)
+            begun = self.record.requests.first_token_ns[request_id] >= 0
+            if group.state in (State.EXCHANGING, State.PIPELINE) and not begun:
+                self.saw("starts after a drop", request_id, group.id)
 
     def note_loss(self, instance: int) -> None:
         group = self.policy.core.group_of.get(instance)
