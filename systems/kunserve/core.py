@@ -16,6 +16,7 @@ from systems.kunserve.feeder import LookaheadFeeder
 from systems.kunserve.group import Group
 from systems.kunserve.lookahead import Costs
 from systems.kunserve.options import Options
+from systems.kunserve.slices import without
 from systems.kunserve.state import State
 
 OWN_IDS = 1 << 62  # command ids that no lane uses
@@ -116,7 +117,7 @@ class Core:
         return found
 
     def serve_alone(self, instance: int, cells: int, out: list[Command]) -> None:
-        """An instance that is empty and whole serves on its own."""
+        """An instance that came up, empty and whole, serves on its own."""
         self.ledger.open(instance, cells)
         self.missing[instance] = []
         first = instance not in self._starts
@@ -125,6 +126,19 @@ class Core:
         group = self.new_group((Stage(instance, (0, self.num_layers)),), State.SERVING, ident)
         group.sets = [self.lane_set(group, group.route, ident)]
         self.flush(out)
+
+    def cells_with(self, group: Group, instance: int) -> int:
+        """Cells of a KV range once the member has the layers that it wants."""
+        want = group.wants.get(instance, (0, self.num_layers))
+        return self._cells(instance, [part for gap in self.missing[instance] for part in without(gap, want)])
+
+    def cells_without(self, instance: int) -> int:
+        """Cells of a KV range that has the pages of all layers that are missing."""
+        return self._cells(instance, self.missing[instance])
+
+    def _cells(self, instance: int, missing: list[Layers]) -> int:
+        info = self.cluster.instances[instance]
+        return info.kv_cells + sum(high - low for low, high in missing) * info.layer_param_bytes // info.cell_bytes
 
     def settle(self, group: Group, out: list[Command]) -> None:
         """Free memory may have appeared: whoever idles beside a queue looks again; who can never go on gives way."""

@@ -27,6 +27,7 @@ def merge(core: Core, groups: Sequence[Group], out: list[Command]) -> bool:
             return False
         route = merged
     new = core.new_group(route, State.PARKING)
+    new.parts = tuple(group.route for group in groups)
     core.mark(out, new, "overload")
     for group in groups:
         group.happen(Happening.MERGE, core.now_ns)
@@ -42,6 +43,7 @@ def drop_again(core: Core, group: Group, out: list[Command]) -> None:
     group.happen(Happening.OVERLOAD, core.now_ns)
     core.mark(out, group, "overload", "again")
     sets, group.sets = group.sets, []
+    group.parts = tuple(found.stages for found in sets)
     for found in sets:
         _stop(core, group, found, out)
     _parked(core, group, out)

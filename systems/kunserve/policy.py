@@ -81,7 +81,7 @@ class KunServePolicy:
                 at = found.stages[0].instance
                 waiting[at] = waiting.get(at, 0) + len(found.waiting)
             outside = len(group.queue) + len(group.parked)
-            outside += 0 if group.exchange is None else len(group.exchange.give_up())
+            outside += 0 if group.exchange is None else len(group.exchange.waiting())
             if home and outside:
                 waiting[home[0]] = waiting.get(home[0], 0) + outside
         for instance, capacity in core.ledger.capacity.items():
@@ -97,11 +97,12 @@ class KunServePolicy:
     def _step_done(self, event: StepDone, out: list[Command]) -> None:
         core = self.core
         group, found, lane = core.lanes[event.lane]
-        if group.state is State.CLEARING:
+        if lane in group.clearing:
             recover.lane_stopped(core, group, lane, event, out)
             return
         if group.stopping and event.lane in group.stopping:
             drop.lane_stopped(core, group, found, event, out)
+            recover.cleared(core, group, out)
             return
         lane.step_done(event, out)
         if group.exchange is not None:
@@ -169,9 +170,11 @@ class KunServePolicy:
         settled = [group for group in core.groups.values() if core.now_ns - group.since_ns >= limits.min_serving_ns
                    or (group.state is State.SERVING and group.since_ns == 0)]  # fmt: skip
         for group in list(settled):
-            if group.state is State.DRAINING and self.monitor.is_hot(group.id) and not self._lends(group):
+            drains = group.state is State.DRAINING and group.old is not None
+            if drains and self.monitor.is_hot(group.id) and not self._lends(group):
                 drop.drop_again(core, group, out)
-        able = [group for group in settled if group.state in (State.SERVING, State.PIPELINE) and not self._lends(group)]
+        able = [group for group in settled if group.state in (State.SERVING, State.PIPELINE)
+                and not group.awaited and not self._lends(group)]  # fmt: skip
         hot = [group for group in able if self.monitor.is_hot(group.id)]
         if not hot:
             return

@@ -18,6 +18,7 @@ def stay(core: Core, group: Group, goal: LaneSet, out: list[Command]) -> None:
     """After a drop: everyone parked joins the pipeline, with a placement that names where its KV is."""
     parked, group.parked = group.parked, []
     group.happen(Happening.EXCHANGED, core.now_ns)
+    group.parts = ()
     for seq, route in parked:
         seq.shared = core.spread.stays(seq.request_id, route, seq.computed)
         goal.join(seq, out)

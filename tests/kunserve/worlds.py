@@ -106,7 +106,7 @@ class Run:
     def note(self) -> None:
         for group in self.policy.core.groups.values():
             if group.exchange is not None:
-                for parked in group.exchange.give_up():
+                for parked in group.exchange.waiting():
                     self.saw("straddles a drop", parked.seq.request_id, group.id)
             for found in group.all_sets():
                 for lane in found.lanes:
@@ -133,7 +133,7 @@ class Run:
             for lane in found.lanes:
                 for request_id in lane.running:
                     self.saw(kind, request_id, group.id)
-        for parked in group.parked if group.exchange is None else group.exchange.give_up():
+        for parked in group.parked if group.exchange is None else group.exchange.waiting():
             self.saw(kind, parked.seq.request_id, group.id)
 
     def situations(self) -> dict[str, int]:
@@ -162,8 +162,9 @@ class Run:
             assert taken - spare.get(instance, 0) <= used, f"instance {instance}: {taken} taken of {used} in use"
             assert state.memory[instance].capacity >= capacity or core.group_of[instance].awaited
         for group in core.groups.values():
-            if group.state is State.CLEARING or (len(group.route) == 1 and group.state is not State.SERVING):
-                continue  # dissolving, or on its way back to be whole
+            lanes = [lane for found in group.all_sets() for lane in found.lanes] + list(group.stopping.values())
+            if group.state is State.CLEARING or not any(lane.running or lane.pieces for lane in lanes):
+                continue  # dissolving, or nobody runs in it
             resident = [any(state.memory[i].resident[layer] for i in group.members())
                         for layer in range(self.model.num_layers)]  # fmt: skip
             assert all(resident), f"group {group.id} ({group.state}) lacks a layer"
@@ -177,7 +178,7 @@ class Run:
             ids |= {seq.request_id for seq in group.queue}
             ids |= {parked.seq.request_id for parked in group.parked}
             if group.exchange is not None:
-                ids |= {parked.seq.request_id for parked in group.exchange.give_up()}
+                ids |= {parked.seq.request_id for parked in group.exchange.waiting()}
         for _, _, lane in core.lanes.values():
             ids |= set(lane.running) | {seq.request_id for seq in (*lane.joining, *lane.waiting)}
         return len(ids)
