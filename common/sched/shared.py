@@ -104,7 +104,7 @@ class SharedLane(LaneScheduler):
 
     def own_all(self, config: EngineConfig) -> None:
         """From now on the lane is alone on its instance."""
-        self.greedy, self.config = True, config
+        self.greedy, self.config, self.short_steps = True, config, False
         self.resized()
         self._draw()
 

@@ -111,6 +111,7 @@ class Core:
             if lane_id is None:
                 lane_id, self._next_lane = self._next_lane, self._next_lane + 1
             lane = SharedLane(lane_id, stages, self.engine, self.ledger, greedy, waiting, feeder, self.spread)
+            lane.short_steps = not greedy  # who shares memory takes and gives at every boundary: leaps cannot matter
             self.lanes[lane_id] = (group, found, lane)
             found.lanes.append(lane)
             lane_id = None

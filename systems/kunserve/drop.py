@@ -124,7 +124,6 @@ def _dropped(core: Core, group: Group, instance: int, layers: Layers, event: Lay
     group.sets = [pipe]
     for lane in pipe.lanes:
         lane.resized()
-        lane.short_steps = True
     if core.options.exchange == "recompute" and core.options.mode == "pipeline":
         for parked in group.parked:
             core.free_held(parked.seq, parked.route, out)

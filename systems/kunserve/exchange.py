@@ -75,8 +75,6 @@ class Exchange:
             return
         if not self.moving and not any(self.left.values()):
             self.goal.close(False)
-            for lane in self.goal.lanes:
-                lane.short_steps = False
             self.group.exchange = None
             self.group.parts = ()
             self.group.happen(Happening.EXCHANGED, self.core.now_ns)

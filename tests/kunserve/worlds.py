@@ -33,6 +33,7 @@ class Burst:
     options: tuple[tuple[str, object], ...] = ()
     budget: int = 256
     max_num_seqs: int = 64
+    max_leap: int | None = None
 
     def workload(self) -> FakeWorkload:
         now, arrivals = 0, []
@@ -45,7 +46,8 @@ class Burst:
         return cluster(self.instances, self.blocks, self.layers, self.block_size, **changes)
 
     def engine(self) -> EngineConfig:
-        return EngineConfig(self.block_size, self.budget, self.max_num_seqs, max_model_len=1 << 20)
+        return EngineConfig(self.block_size, self.budget, self.max_num_seqs, max_leap=self.max_leap,
+                            max_model_len=1 << 20)  # fmt: skip
 
     def policy(self, info) -> KunServePolicy:
         return KunServePolicy(info, self.engine(), Options.of({**FAST, **dict(self.options)}))
