@@ -28,8 +28,8 @@ def bursts(draw, small=False, crowded=False, modes=("pipeline", "pipeline", "rem
     """Requests in a burst (`crowded`: enough of them to overflow), losses at any time, and every switch."""
     gaps = st.sampled_from((0, 0, 50, 200, 1000) if small else (0, 0, 50, 200, 1000, 4000))
     prompts = st.sampled_from((16, 33, 64, 100, 100) if small else (1, 8, 16, 33, 64, 100, 150, 200, 300))
-    outputs = st.sampled_from((2, 10, 24, 40) if small else (1, 2, 10, 30, 60, 120))
-    instances = draw(st.sampled_from((2, 3, 4, 4) if small else (2, 2, 3, 4)))
+    outputs = st.sampled_from((2, 6, 12, 24) if small else (1, 2, 10, 30, 60, 120))
+    instances = draw(st.sampled_from((2, 2, 3, 4, 4) if small else (2, 2, 3, 4)))
     least, most = (4 * instances, 5 * instances) if small else (5 * instances, 24) if crowded else (2, 24)
     requests = tuple(draw(st.lists(st.tuples(gaps, prompts, outputs), min_size=least, max_size=most)))
     when = st.integers(100, 8_000 if small else 20_000)

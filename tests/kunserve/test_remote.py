@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ConfigError
-from common.executors.local import LocalExecutor
 from common.executors.network import LinkSpec
 from common.kv.plane import first_flaw
 from common.sched.ledger import CellLedger
@@ -19,8 +17,7 @@ from common.types import CopySpan, RequestStatus, RunStep, Stage
 from systems.kunserve.options import Options
 from systems.kunserve.slices import merge_slices
 from systems.kunserve.state import State
-from tests.engine.worlds import check_tokens, tiny_world
-from tests.kunserve.strategies import bursts, law
+from tests.kunserve.strategies import law
 from tests.kunserve.test_laws import overflowing
 from tests.kunserve.worlds import Run
 
@@ -82,25 +79,6 @@ def test_a_placement_with_pieces_tiles_the_plane_and_gives_back_what_it_was_char
     assert sum(1000 - free for free in ledger.free.values()) == -(-tokens // 16) * layers
     table.drop(7)
     assert set(ledger.free.values()) == {1000} and not table.pieces
-
-
-def test_every_reply_is_that_of_an_undisturbed_run():
-    met: Counter[str] = Counter()
-
-    @law(30, 240)
-    @given(bursts(small=True, modes=("remote_attention",)))
-    def draws(burst):
-        model = burst.model()
-        world = tiny_world(model)
-        run = Run(burst, LocalExecutor, model, world=world).drive()
-        check_tokens(run.executor)
-        world.close()
-        met.update(run.situations())
-
-    draws()
-    kinds = ("starts after a drop", "straddles a drop", "straddles a restore", "lives through two merges",
-             "loses a member pipeline")  # fmt: skip
-    assert all(met[kind] for kind in kinds), met
 
 
 @pytest.mark.parametrize("state", [State.PARKING, State.DROPPING, State.PIPELINE, State.SHRINKING, State.LOADING,

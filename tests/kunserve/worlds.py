@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.executors.memory import overlap, union_cells
 from common.executors.sim import SimExecutor
+from common.kv.plane import first_flaw
 from common.record import RequestColumns, RunRecord
 from common.sched.lane import EngineConfig
 from common.types import InstanceLost, RequestStatus, StartInstance
@@ -149,6 +151,7 @@ class Run:
     def check(self) -> None:
         if self.executor.state.ready:
             return  # something is owed at this very instant
+        self.check_planes()
         core = self.policy.core
         state = self.executor.state
         spare: dict[int, int] = {}
@@ -172,6 +175,45 @@ class Run:
             assert all(resident), f"group {group.id} ({group.state}) lacks a layer"
         live = list(self.record.requests.status).count(RequestStatus.LIVE)
         assert self.outstanding() == live, f"{self.outstanding()} requests in the books of {live}"
+
+    def check_planes(self) -> None:
+        """Every stored token's KV is there once per layer: in the lane, or held where its placement says; and what an
+        instance has in use are the blocks of lanes and of held KV, no more and no less."""
+        executor, state, layers = self.executor, self.executor.state, self.model.num_layers
+        size = state.block_size
+        cells = [0] * len(state.memory)
+        for lane in executor.lanes.values():
+            for member in lane.members.values():
+                stored, request_id = member.offset + executor.completed(lane), member.entry.request_id
+                placement = lane.spread.get(request_id) or executor.control.default(lane, member.entry)
+                assert first_flaw(placement, layers, 1 << 40) is None
+                assert self.area(lane, request_id, placement, stored) == stored * layers, f"request {request_id}"
+                charged = member.offset + lane.iteration + lane.settled
+                for stage in lane.stages:
+                    cells[stage.instance] += executor.control._home_cells(placement, stage, charged)
+            for target in lane.targets:
+                placement = lane.spread.get(target.entry.request_id) or executor.control.default(lane, target.entry)
+                for stage in lane.stages:
+                    cells[stage.instance] += executor.control._home_cells(placement, stage, target.target)
+        for held in state.held.values():
+            for instance in {one.instance for one in held}:
+                cells[instance] += union_cells([one for one in held if one.instance == instance], size)
+        for instance, memory in enumerate(state.memory):
+            assert cells[instance] == memory.used, f"instance {instance}: {memory.used} cells used of {cells[instance]}"
+
+    def area(self, lane, request_id: int, placement, stored: int) -> int:
+        """Token-layers of a running request: the lane's at its stages, and what is held of it elsewhere."""
+        total = 0
+        for stage in lane.stages:
+            for span in placement:
+                band = overlap(span.layers, stage.layers)
+                end = stored if span.token_end is None else min(span.token_end, stored)
+                if band is None or end <= span.token_start:
+                    continue
+                if span.instance == stage.instance:
+                    total += (end - span.token_start) * (band[1] - band[0])
+        return total + sum((min(one.end, stored) - one.start) * (one.layers[1] - one.layers[0])
+                           for one in self.executor.state.held.get(request_id, ()))  # fmt: skip
 
     def outstanding(self) -> int:
         core = self.policy.core
