@@ -55,8 +55,9 @@ class LaneSet:
                 lane.schedule(out)
 
     def join(self, seq: Seq, out: list[Command]) -> None:
-        """A request whose KV is at the stages goes on: decoding in the emptiest lane, or at the head of the queue."""
-        if seq.computed < seq.known - 1 or seq.known <= seq.prompt:
+        """A request whose KV is at the stages goes on: decoding in the emptiest lane, or at the head of the queue. One
+        with pieces of it elsewhere joins the emptiest lane, whatever it computes."""
+        if not seq.shared and (seq.computed < seq.known - 1 or seq.known <= seq.prompt):
             self.waiting.appendleft(seq)
             if self.feeder is not None:
                 self.feeder.stop()

@@ -2,7 +2,8 @@
 
 Between events a lane owns the blocks of its requests and a grant, what its running step may grow by; everything else
 is the ledger's. A `greedy` lane is alone on its instance: it owns all the memory there, and behaves exactly as a plain
-`LaneScheduler`. A request that waits with `computed > 0` has that KV held at the lane's stages.
+`LaneScheduler`. A request that waits with `computed > 0` has that KV held at the lane's stages; of one that joins, the
+first `shared` blocks may be pieces elsewhere (`SpreadTable`), which queries travel to and the lane is not charged for.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 from common.sched.lane import EngineConfig, LaneScheduler, Seq
 from common.sched.ledger import CellLedger
+from common.sched.spread import SpreadTable
 from common.types import Command, Entry, Rule, RunStep, Stage, StepDone
 
 
@@ -61,6 +63,7 @@ class SharedLane(LaneScheduler):
         greedy: bool,
         waiting: deque[Seq] | None = None,
         feeder: Feeder | None = None,
+        spread: SpreadTable | None = None,
     ) -> None:
         if not greedy:
             leap = min(config.max_leap or config.block_size, config.block_size)
@@ -69,6 +72,7 @@ class SharedLane(LaneScheduler):
         self.ledger = ledger
         self.greedy = greedy
         self.feeder = feeder
+        self.spread = spread
         self.closed = False  # admits nothing that waits
         self.short_steps = False
         self.joining: deque[Seq] = deque()  # their KV is held at the stages, ready
@@ -100,7 +104,7 @@ class SharedLane(LaneScheduler):
 
     def own_all(self, config: EngineConfig) -> None:
         """From now on the lane is alone on its instance."""
-        self.greedy, self.config = True, config
+        self.greedy, self.config, self.short_steps = True, config, False
         self.resized()
         self._draw()
 
@@ -108,7 +112,7 @@ class SharedLane(LaneScheduler):
         """Blocks of requests in the lane."""
         total = 0
         for seq in self.running.values():
-            total += self._blocks(seq.offset + self.iteration if seq.decoding else seq.target)
+            total += self._blocks(seq.offset + self.iteration if seq.decoding else seq.target) - seq.shared
         return total + sum(self._blocks(seq.target) - self._blocks(seq.offset) for seq in self.pieces.values())
 
     def _hopeless(self, seq: Seq) -> bool:
@@ -149,9 +153,17 @@ class SharedLane(LaneScheduler):
         self.pieces = {}
         orphans = [*super().lost(event), *self.joining]
         for seq in self.joining:
-            seq.computed = 0
+            seq.computed = seq.shared = 0
         self.joining.clear()
+        if self.spread is not None:
+            for seq in orphans:
+                self.spread.drop(seq.request_id)
         return orphans
+
+    def _give_back(self, seq: Seq, charged: int, stored: int) -> int:
+        if seq.shared and self.spread is not None:
+            self.spread.drop(seq.request_id)
+        return super()._give_back(seq, charged, stored)
 
     def leave(self, out: list[Command], park: bool) -> list[Seq]:
         """At a boundary, take everyone out: parked with their KV held (`computed` tokens), or removed without."""
@@ -164,7 +176,9 @@ class SharedLane(LaneScheduler):
                 seq.known, seq.computed = charged + 1, charged
             if not park:
                 seq.computed = 0
-            self.free += self._blocks(charged) - self._blocks(seq.computed)
+                self._give_back(seq, charged, 0)
+            else:
+                self.free += self._blocks(charged) - self._blocks(seq.computed)
             seq.decoding = False
         if gone:
             ids = tuple(seq.request_id for seq in gone)
@@ -194,7 +208,7 @@ class SharedLane(LaneScheduler):
             self._join_held(added)
             if self.waiting and not self.closed:
                 if self.feeder is not None:
-                    fed = self._admit_fed(added)
+                    fed = not self.targets and self._admit_fed(added)  # parts take a whole iteration each
                 else:
                     blocked = self._admit(added, out)
         if not (self.running or self.pieces):
@@ -224,18 +238,30 @@ class SharedLane(LaneScheduler):
         return growth
 
     def _join_held(self, added: list[Entry]) -> None:
-        """Whoever's KV is here goes on decoding, as far as the next iteration's growth allows."""
+        """Whoever's KV is here (or in pieces elsewhere) goes on, as far as the next iteration's growth allows."""
         phase = self.phase
         while self.joining and len(self.running) < self.config.max_num_seqs:
             seq = self.joining[0]
+            decode = seq.computed == seq.known - 1 and seq.known > seq.prompt
             offset = seq.computed - self.iteration
-            phase.add(offset)
-            if phase.next_growth(self.iteration) > self.free:
-                phase.remove(offset)
+            need = 0
+            if decode:
+                phase.add(offset)
+            else:
+                need = self._blocks(seq.known) - max(seq.shared, self._blocks(seq.computed))
+            if need + phase.next_growth(self.iteration) > self.free:
+                if decode:
+                    phase.remove(offset)
                 return
             self.joining.popleft()
-            seq.offset, seq.decoding, seq.target = offset, True, seq.known
-            added.append(Entry(seq.request_id, seq.computed, seq.known, decode=True))
+            self.free -= need
+            seq.offset, seq.decoding, seq.target = offset, decode, seq.known
+            if not decode:
+                self.targets.append(seq)
+            placement = None
+            if seq.shared and self.spread is not None:
+                placement = self.spread.placement(seq.request_id, self.stages)
+            added.append(Entry(seq.request_id, seq.computed, seq.known, decode=decode, placement=placement))
             self.running[seq.request_id] = seq
 
     def _try(self, seq: Seq, reserve: int, out: list[Command]) -> Entry | None:

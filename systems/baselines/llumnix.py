@@ -4,12 +4,15 @@
 what those who wait will take. Every poll pairs the least free instances with the freest ones and moves the shortest
 running request of each (in stages, `common.sched.moving`): this balances, makes room for a queue's head where the
 free memory of the cluster is in pieces (de-fragmentation), and empties an instance that is to stop (drain).
+
+Dispatch and polls look at what is free now, so lanes step every iteration, as Llumnix's instances report every step:
+what a leap hides, and only its end or a report would tell, decides nothing here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from common.errors import ConfigError
@@ -25,7 +28,6 @@ from common.types import (
     Event,
     InstanceLost,
     InstanceUp,
-    Progress,
     RequestArrived,
     SetTimer,
     Stage,
@@ -33,7 +35,6 @@ from common.types import (
     StepDone,
     StopInstance,
     TimerFired,
-    Watch,
 )
 
 OWN_IDS = 1 << 60  # lanes number their commands from lane << 32
@@ -62,7 +63,7 @@ class LlumnixPolicy:
         if len({instance for _, instance in config.drain}) == num:
             raise ConfigError("system.drain: leave an instance that serves")
         self.cluster = cluster
-        self.engine = engine
+        self.engine = replace(engine, max_leap=1)
         self.config = config
         self.lanes: dict[int, MigratingLane] = {}  # by instance
         self.draining: set[int] = set()
@@ -92,8 +93,6 @@ class LlumnixPolicy:
         self._plan_drains(out)
         if isinstance(event, StepDone):
             self._step_done(event, out)
-        elif isinstance(event, Progress):
-            self._saw(event)
         elif isinstance(event, RequestArrived):
             seq = Seq(event.request_id, event.prompt_tokens, event.max_output_tokens, event.content, event.session)
             self.seqs[seq.request_id] = seq
@@ -124,16 +123,12 @@ class LlumnixPolicy:
 
     # ------------------------------------------------------------ freeness
 
-    def _free(self, lane: MigratingLane) -> int:
-        """Free blocks by the last report of the lane's clock."""
-        return lane.free - lane.phase.growth(lane.iteration, max(0, lane.seen - lane.iteration))
-
     def dispatch_freeness(self, lane: MigratingLane) -> float:
         """F for dispatching: everybody who waits counts as if admitted."""
         requests = len(lane.running) + len(lane.waiting) + len(lane.joining)
         if not requests:
             return inf
-        return (self._free(lane) - sum(lane._blocks(seq.known) for seq in lane.waiting)) / requests
+        return (lane.free - sum(lane._blocks(seq.known) for seq in lane.waiting)) / requests
 
     def freeness(self, lane: MigratingLane) -> float:
         """F for migrating: of those who wait only the head of the line counts; who is to stop has none."""
@@ -143,7 +138,7 @@ class LlumnixPolicy:
         requests = len(lane.running) + len(lane.joining)
         if not requests:
             return inf if not head else 0.0
-        return (self._free(lane) - head) / requests
+        return (lane.free - head) / requests
 
     # ------------------------------------------------------------ requests
 
@@ -186,12 +181,6 @@ class LlumnixPolicy:
             self._gone(seq.request_id, out)
         self.mover.boundary(lane, self.now_ns, out)
 
-    def _saw(self, event: Progress) -> None:
-        lane = self.lanes.get(event.instance)
-        for lane_id, iterations in event.lanes:
-            if lane is not None and lane.lane == lane_id:
-                lane.seen = max(lane.seen, iterations)
-
     # ------------------------------------------------------------ membership
 
     def _up(self, event: InstanceUp, out: list[Command]) -> None:
@@ -202,7 +191,6 @@ class LlumnixPolicy:
         route = (Stage(instance, (0, layers)),)
         self.lanes[instance] = MigratingLane(lane_id, route, event.kv_cells // layers, self.engine)
         self._chosen.setdefault(instance, 0)
-        out.append(Watch(instance, self.config.poll_ns))
         orphans, self.orphans = self.orphans, []
         self._reroute(orphans, out)
 
@@ -278,13 +266,11 @@ class LlumnixPolicy:
 
     def _migrate(self, src: MigratingLane, dst: MigratingLane, out: list[Command]) -> None:
         """The shortest decoding request, if it fits there and leaves room to grow."""
-        if src.busy and src.targets and not src.stopping:
-            self.mover.touch(src, self.now_ns, out)  # only a step's end tells that a prompt decodes by now
         able = [seq for seq in src.running.values()
                 if seq.decoding and seq.request_id not in self.mover.by_request]  # fmt: skip
         if not able:
             return
         shortest = min(able, key=lambda seq: (src.stored(seq), seq.request_id))
         queued = sum(dst._blocks(seq.known) for seq in dst.waiting)
-        if self._free(dst) - queued >= src.blocks_of(shortest) + len(dst.running) + 1:
+        if dst.free - queued >= src.blocks_of(shortest) + len(dst.running) + 1:
             self.mover.start(shortest, src, dst, "kv", self.now_ns, out)

@@ -10,11 +10,13 @@ from common.sched.lane import EngineConfig, Seq
 from common.sched.laneset import LaneSet
 from common.sched.ledger import CellLedger
 from common.sched.shared import SharedLane
+from common.sched.spread import SpreadTable
 from common.types import Abort, ClusterInfo, Command, Event, FreeSpan, Layers, Mark, Stage
 from systems.kunserve.feeder import LookaheadFeeder
 from systems.kunserve.group import Group
 from systems.kunserve.lookahead import Costs
 from systems.kunserve.options import Options
+from systems.kunserve.slices import without
 from systems.kunserve.state import State
 
 OWN_IDS = 1 << 62  # command ids that no lane uses
@@ -32,6 +34,7 @@ class Core:
         self.costs = Costs.of(cluster.extra)
         self.num_layers = cluster.instances[0].num_layers
         self.ledger = CellLedger()
+        self.spread = SpreadTable(self.ledger, engine.block_size)
         self.now_ns = 0
         self.groups: dict[int, Group] = {}
         self.group_of: dict[int, Group] = {}  # by instance
@@ -108,14 +111,15 @@ class Core:
         for _ in stages:
             if lane_id is None:
                 lane_id, self._next_lane = self._next_lane, self._next_lane + 1
-            lane = SharedLane(lane_id, stages, self.engine, self.ledger, greedy, waiting, feeder)
+            lane = SharedLane(lane_id, stages, self.engine, self.ledger, greedy, waiting, feeder, self.spread)
+            lane.short_steps = not greedy  # who shares memory takes and gives at every boundary: leaps cannot matter
             self.lanes[lane_id] = (group, found, lane)
             found.lanes.append(lane)
             lane_id = None
         return found
 
     def serve_alone(self, instance: int, cells: int, out: list[Command]) -> None:
-        """An instance that is empty and whole serves on its own."""
+        """An instance that came up, empty and whole, serves on its own."""
         self.ledger.open(instance, cells)
         self.missing[instance] = []
         first = instance not in self._starts
@@ -125,38 +129,66 @@ class Core:
         group.sets = [self.lane_set(group, group.route, ident)]
         self.flush(out)
 
+    def cells_with(self, group: Group, instance: int) -> int:
+        """Cells of a KV range once the member has the layers that it wants."""
+        want = group.wants.get(instance, (0, self.num_layers))
+        return self._cells(instance, [part for gap in self.missing[instance] for part in without(gap, want)])
+
+    def cells_without(self, instance: int) -> int:
+        """Cells of a KV range that has the pages of all layers that are missing."""
+        return self._cells(instance, self.missing[instance])
+
+    def _cells(self, instance: int, missing: list[Layers]) -> int:
+        info = self.cluster.instances[instance]
+        return info.kv_cells + sum(high - low for low, high in missing) * info.layer_param_bytes // info.cell_bytes
+
     def settle(self, group: Group, out: list[Command]) -> None:
         """Free memory may have appeared: whoever idles beside a queue looks again; who can never go on gives way."""
-        for found in group.all_sets():
+        sets = group.all_sets()
+        for found in sets:
             found.wake(out)
-        for found in group.all_sets():
-            if found.waiting and len(found.lanes) > 1:
-                self.unstick(group, found, out)
-
-    def unstick(self, group: Group, found: LaneSet, out: list[Command]) -> None:
-        """Nothing runs anywhere in the group and the queue's head does not fit: held KV of others makes room."""
         if group.awaited or group.exchange is not None or group.stopping:
             return
-        while found.waiting and not any(lane.busy for each in group.all_sets() for lane in each.lanes):
+        while not any(lane.busy for found in sets for lane in found.lanes) and self._unstick(sets, out):
+            for found in sets:
+                found.wake(out)
+
+    def _unstick(self, sets: list[LaneSet], out: list[Command]) -> bool:
+        """Nothing runs anywhere in a group and nobody fits: the last who holds KV beside the lanes makes room; in a
+        pipeline where nobody does, the queue's head has outgrown it. False: nobody is stuck."""
+        for found in sets:
             holders = [seq for seq in found.waiting if seq.computed]
             if holders:
                 self.free_held(holders[-1], found.stages, out)
+            for lane in () if holders else found.lanes:
+                if lane.joining:
+                    seq = lane.joining.pop()
+                    self.free_held(seq, found.stages, out)
+                    found.waiting.appendleft(seq)
+                    holders = [seq]
+                    break
+            if holders:
                 if found.feeder is not None:
                     found.feeder.stop()
-            else:
+                return True
+        for found in sets:
+            if found.waiting and len(found.lanes) > 1:
                 seq = found.waiting.popleft()
                 blocks = found.lanes[0].num_blocks
                 out.append(Abort(seq.request_id, f"output outgrew the KV cache of {blocks} blocks"))
-            found.wake(out)
+                return True
+        return False
 
     def free_held(self, seq: Seq, route: tuple[Stage, ...], out: list[Command]) -> None:
-        """Give up a request's KV outside lanes: it will be computed anew."""
-        blocks = -(-seq.computed // self.engine.block_size)
-        for stage in route:
-            if stage.instance in self.ledger.free:
-                out.append(FreeSpan(stage.instance, seq.request_id))
-                self.ledger.take_cells(stage.instance, -blocks * (stage.layers[1] - stage.layers[0]))
-        seq.computed = 0
+        """Give up a request's KV outside lanes, along a route and in pieces: it will be computed anew."""
+        where = dict.fromkeys([stage.instance for stage in route])
+        where.update(dict.fromkeys(sorted(self.spread.instances(seq.request_id))))
+        for instance in where:
+            if instance in self.ledger.free:
+                out.append(FreeSpan(instance, seq.request_id))
+        blocks = -(-seq.computed // self.engine.block_size) - self.spread.drop(seq.request_id)
+        self.ledger.take(route, -blocks)
+        seq.computed = seq.shared = 0
 
     # ------------------------------------------------------------ routing
 

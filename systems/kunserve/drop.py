@@ -15,6 +15,7 @@ from systems.kunserve.group import Group, Parked
 from systems.kunserve.restore import drained
 from systems.kunserve.slices import merge_slices, without
 from systems.kunserve.state import Happening, State
+from systems.kunserve.stay import stay
 
 
 def merge(core: Core, groups: Sequence[Group], out: list[Command]) -> bool:
@@ -26,6 +27,7 @@ def merge(core: Core, groups: Sequence[Group], out: list[Command]) -> bool:
             return False
         route = merged
     new = core.new_group(route, State.PARKING)
+    new.parts = tuple(group.route for group in groups)
     core.mark(out, new, "overload")
     for group in groups:
         group.happen(Happening.MERGE, core.now_ns)
@@ -41,6 +43,7 @@ def drop_again(core: Core, group: Group, out: list[Command]) -> None:
     group.happen(Happening.OVERLOAD, core.now_ns)
     core.mark(out, group, "overload", "again")
     sets, group.sets = group.sets, []
+    group.parts = tuple(found.stages for found in sets)
     for found in sets:
         _stop(core, group, found, out)
     _parked(core, group, out)
@@ -114,21 +117,24 @@ def _dropped(core: Core, group: Group, instance: int, layers: Layers, event: Lay
         raise ContractError(f"instance {instance}: layers {layers} were not dropped")
     group.happen(Happening.DROPPED, core.now_ns)
     blocks, spare = core.ledger.whole_blocks(group.route)
-    core.mark(out, group, "drop", f"{len(group.parked)} to exchange, {len(group.queue)} queued, "
+    moves = "stay" if core.options.mode == "remote_attention" else "to exchange"
+    core.mark(out, group, "drop", f"{len(group.parked)} {moves}, {len(group.queue)} queued, "
               f"{blocks} blocks, {spare} cells wasted")  # fmt: skip
     pipe, group.old = group.old or core.lane_set(group, group.route), None
     group.sets = [pipe]
     for lane in pipe.lanes:
         lane.resized()
-        lane.short_steps = True
-    if core.options.exchange == "recompute":
+    if core.options.exchange == "recompute" and core.options.mode == "pipeline":
         for parked in group.parked:
             core.free_held(parked.seq, parked.route, out)
             group.queue.append(parked.seq)
         group.parked = []
     pipe.waiting.extend(sorted(group.queue, key=lambda seq: seq.request_id))
     group.queue = []
-    group.exchange = Exchange(core, group, pipe)
-    group.exchange.pump(out)
+    if core.options.mode == "remote_attention":
+        stay(core, group, pipe, out)
+    else:
+        group.exchange = Exchange(core, group, pipe)
+        group.exchange.pump(out)
     core.settle(group, out)
     drained(core, group, out)

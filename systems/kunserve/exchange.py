@@ -75,9 +75,8 @@ class Exchange:
             return
         if not self.moving and not any(self.left.values()):
             self.goal.close(False)
-            for lane in self.goal.lanes:
-                lane.short_steps = False
             self.group.exchange = None
+            self.group.parts = ()
             self.group.happen(Happening.EXCHANGED, self.core.now_ns)
             self.core.mark(out, self.group, "exchanged")
 
@@ -157,7 +156,15 @@ class Exchange:
                 core.ledger.take_cells(instance, -blocks * (part[1] - part[0]))
         self.goal.join(seq, out)
 
-    def give_up(self) -> list[Parked]:
-        """A member died: everyone who has not arrived."""
+    def call_off(self, out: list[Command]) -> list[Parked]:
+        """A member died: copies under way and what has arrived of them are freed; sources still have everything."""
+        for request_id, moving in self.moving.items():
+            for _, goal, layers in bands(moving.parked.route, self.group.route):
+                if goal in self.core.ledger.free:
+                    out.append(FreeSpan(goal, request_id, layers))
+        return self.waiting()
+
+    def waiting(self) -> list[Parked]:
+        """Everyone who has not arrived."""
         rest = [parked for queue in self.left.values() for parked in queue]
         return rest + [moving.parked for moving in self.moving.values()]

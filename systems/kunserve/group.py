@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from common.sched.lane import Seq
 from common.sched.laneset import LaneSet
 from common.sched.shared import SharedLane
-from common.types import Stage
+from common.types import Layers, Stage
 from systems.kunserve.state import Happening, State, advance
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ class Group:
         self.exchange: Exchange | None = None
         self.clearing: list[SharedLane] = []  # lanes that a loss stops
         self.dead: set[int] = set()
-        self.owed = 0  # loads that failed: to be tried again, or given up
+        self.owed = 0  # loads that failed and are to be tried again
+        self.gave_up = False  # on some load: the pipeline goes on as one
+        self.parts: tuple[tuple[Stage, ...], ...] = ()  # routes that merged, until their KV has been exchanged
+        self.wants: dict[int, Layers] = {}  # what members load: {} is everything
 
     def members(self) -> list[int]:
         """Instances that are alive."""

@@ -10,7 +10,7 @@ from common.errors import ConfigError
 from systems.kunserve.monitor import Thresholds
 
 CHOICES = {
-    "mode": ("pipeline",),
+    "mode": ("pipeline", "remote_attention"),
     "exchange": ("coordinated", "uncoordinated", "recompute"),
     "lookahead": ("on", "literal", "token_count"),
     "restore": ("on", "off"),
@@ -21,6 +21,7 @@ CHOICES = {
 class Options:
     """`piece_bytes`: None takes about one stage's time on the link where the cluster tells its costs."""
 
+    mode: str = "pipeline"
     exchange: str = "coordinated"
     lookahead: str = "on"
     restore: str = "on"
@@ -53,6 +54,7 @@ class Options:
             raise ConfigError(f"system.poll_ms={values['poll_ms']}: give a period above 0 ms")
         piece = values.get("piece_mb")
         return Options(
+            mode=values.get("mode", "pipeline"),
             exchange=values.get("exchange", "coordinated"),
             lookahead=values.get("lookahead", "on"),
             restore=values.get("restore", "on"),

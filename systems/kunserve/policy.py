@@ -12,6 +12,7 @@ from common.types import (
     Event,
     InstanceLost,
     InstanceUp,
+    Interrupt,
     Mark,
     RequestArrived,
     SetTimer,
@@ -36,6 +37,7 @@ class KunServePolicy:
         self.monitor = Monitor(options.limits)
         self._ticking = False
         self._gave_up = False
+        self._asked: dict[int, None] = {}  # lanes that are to tell at their boundary what is used
 
     # ------------------------------------------------------------ contract
 
@@ -45,7 +47,11 @@ class KunServePolicy:
         core = self.core
         core.now_ns = now_ns
         if isinstance(event, StepDone):
+            group = core.lanes[event.lane][0]
             self._step_done(event, out)
+            if event.lane in self._asked:
+                del self._asked[event.lane]
+                self._told(group, out)
         elif isinstance(event, RequestArrived):
             seq = Seq(event.request_id, event.prompt_tokens, event.max_output_tokens, event.content, event.session)
             core.route(seq, out)
@@ -58,9 +64,9 @@ class KunServePolicy:
         elif isinstance(event, InstanceLost):
             recover.lose(core, event.instance, out)
         else:
-            group = core.answered(getattr(event, "command_id", -1), event, out)
-            if group is not None:
-                self._after(group, out)
+            heard = core.answered(getattr(event, "command_id", -1), event, out)
+            if heard is not None:
+                self._after(heard, out)
         return out
 
     def gauges(self) -> Iterable[Gauge]:
@@ -81,7 +87,7 @@ class KunServePolicy:
                 at = found.stages[0].instance
                 waiting[at] = waiting.get(at, 0) + len(found.waiting)
             outside = len(group.queue) + len(group.parked)
-            outside += 0 if group.exchange is None else len(group.exchange.give_up())
+            outside += 0 if group.exchange is None else len(group.exchange.waiting())
             if home and outside:
                 waiting[home[0]] = waiting.get(home[0], 0) + outside
         for instance, capacity in core.ledger.capacity.items():
@@ -97,11 +103,12 @@ class KunServePolicy:
     def _step_done(self, event: StepDone, out: list[Command]) -> None:
         core = self.core
         group, found, lane = core.lanes[event.lane]
-        if group.state is State.CLEARING:
+        if lane in group.clearing:
             recover.lane_stopped(core, group, lane, event, out)
             return
         if group.stopping and event.lane in group.stopping:
             drop.lane_stopped(core, group, found, event, out)
+            recover.cleared(core, group, out)
             return
         lane.step_done(event, out)
         if group.exchange is not None:
@@ -132,12 +139,34 @@ class KunServePolicy:
             out.append(SetTimer(core.timer_id(), core.now_ns + core.options.limits.poll_ns))
 
     def _poll(self, out: list[Command]) -> None:
-        core, limits = self.core, self.core.options.limits
+        """Sample every group; where a leap hides what is used beside a queue, at its next boundary. Then decide."""
+        core = self.core
         self._ticking = False
         self._tick(out)
         core.do_later(out)
+        if self._asked:
+            return  # an iteration longer than a period
         for group in core.groups.values():
+            lane = group.sets[0].lanes[0] if group.state is State.SERVING else None
+            if lane is None or not (lane.busy and lane.waiting):
+                self.monitor.sample(group.id, self._load(group))
+                continue
+            self._asked[lane.lane] = None
+            if not lane.stopping:
+                lane.stopping = True
+                out.append(Interrupt(lane.lane))
+        if not self._asked:
+            self._decide(out)
+
+    def _told(self, group: Group, out: list[Command]) -> None:
+        """A lane that was asked at the last poll has come to its boundary."""
+        if group.state is State.SERVING:
             self.monitor.sample(group.id, self._load(group))
+        if not self._asked:
+            self._decide(out)
+
+    def _decide(self, out: list[Command]) -> None:
+        core, limits = self.core, self.core.options.limits
         self._overload(out)
         if core.options.restore == "on":
             for group in list(core.groups.values()):
@@ -169,9 +198,11 @@ class KunServePolicy:
         settled = [group for group in core.groups.values() if core.now_ns - group.since_ns >= limits.min_serving_ns
                    or (group.state is State.SERVING and group.since_ns == 0)]  # fmt: skip
         for group in list(settled):
-            if group.state is State.DRAINING and self.monitor.is_hot(group.id) and not self._lends(group):
+            drains = group.state is State.DRAINING and group.old is not None
+            if drains and self.monitor.is_hot(group.id) and not self._lends(group):
                 drop.drop_again(core, group, out)
-        able = [group for group in settled if group.state in (State.SERVING, State.PIPELINE) and not self._lends(group)]
+        able = [group for group in settled if group.state in (State.SERVING, State.PIPELINE)
+                and not group.awaited and not self._lends(group)]  # fmt: skip
         hot = [group for group in able if self.monitor.is_hot(group.id)]
         if not hot:
             return

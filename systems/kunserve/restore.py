@@ -17,6 +17,8 @@ MAX_ATTEMPTS = 6  # loads of the same layers: from a peer, from another, then fr
 def begin(core: Core, group: Group, out: list[Command]) -> bool:
     """Give up the extension cells; False while more is in use than is left without them."""
     ledger = core.ledger
+    if group.awaited:
+        return False
     for instance in group.members():
         base = core.cluster.instances[instance].kv_cells
         if ledger.capacity[instance] - ledger.free[instance] > base:
@@ -28,11 +30,11 @@ def begin(core: Core, group: Group, out: list[Command]) -> bool:
 
 
 def shrink(core: Core, group: Group, out: list[Command]) -> None:
-    """Ask every member for the pages of its missing layers."""
+    """Ask every member for the pages of the layers that it wants."""
     for instance in group.members():
-        base = core.cluster.instances[instance].kv_cells
-        core.ledger.resize(instance, base)
-        core.ask(group, out, ShrinkKV, instance, base, then=lambda event, out: _shrunk(core, group, event, out))
+        cells = core.cells_with(group, instance)
+        core.ledger.resize(instance, cells)
+        core.ask(group, out, ShrinkKV, instance, cells, then=lambda event, out: _shrunk(core, group, event, out))
     for found in group.sets:
         for lane in found.lanes:
             lane.resized()
@@ -44,10 +46,11 @@ def _shrunk(core: Core, group: Group, event: ShrinkDone, out: list[Command]) -> 
     assert event.status is Status.OK, "the ledger had seen to it that there was room"
     group.happen(Happening.SHRUNK, core.now_ns)
     for instance in group.members():
-        for gap in core.missing[instance]:
+        want = group.wants.get(instance, (0, core.num_layers))
+        for gap in [part for gap in core.missing[instance] if (part := overlap(gap, want)) is not None]:
             for source, part in _sources(core, group, instance, gap):
                 _load(core, group, Wanted(instance, part), source, out)
-    _loaded(core, group, out)
+    loaded(core, group, out)
 
 
 def _sources(core: Core, group: Group, instance: int, gap: Layers) -> list[tuple[int | None, Layers]]:
@@ -97,26 +100,34 @@ def _load(core: Core, group: Group, wanted: Wanted, source: int | None, out: lis
         elif group.state is State.LOADING:
             _failed(core, group, wanted._replace(tried=(*wanted.tried, source)), out)
             return
-        _loaded(core, group, out)
+        loaded(core, group, out)
 
     core.ask(group, out, LoadLayers, instance, part, source, priority=LOW_PRIORITY,
              piece_bytes=core.options.piece_bytes or (1 << 24), then=then)  # fmt: skip
 
 
 def _failed(core: Core, group: Group, wanted: Wanted, out: list[Command]) -> None:
-    """The source died, or does not deliver: another whole peer at once, then the host after 1, 2, 4 ... polls; in the
-    end the layers stay away (a pipeline goes on as one, a single instance out of service)."""
+    """The source died, or does not deliver: another whole peer at once, then the host after 1, 2, 4 ... polls. In the
+    end a pipeline that serves gives up and goes on as one; who serves nothing meanwhile sends its requests away, and
+    tries on from time to time."""
     instance, part, tried = wanted
     what = f"instance {instance} layers {part[0]}-{part[1]}"
-    group.owed += 1
-    if len(tried) >= MAX_ATTEMPTS:
+    if len(tried) == MAX_ATTEMPTS:
         core.mark(out, group, "load_given_up", f"{what} after {len(tried)} attempts")
-        return
+        if group.sets:
+            group.gave_up = True
+            loaded(core, group, out)
+            return
+        _send_away(core, group, out)
+    group.owed += 1
 
     def again(out: list[Command]) -> None:
         if group.state is not State.LOADING or instance not in core.missing:
             return  # a member died meanwhile: survivors begin anew
         group.owed -= 1
+        if group.gave_up:
+            loaded(core, group, out)
+            return
         source = _whole_peer(core, instance, part, tried) if len(tried) == 1 else None
         core.mark(out, group, "load_again", f"{what} from {'the host' if source is None else f'instance {source}'}")
         _load(core, group, wanted, source, out)
@@ -124,22 +135,66 @@ def _failed(core: Core, group: Group, wanted: Wanted, out: list[Command]) -> Non
     if len(tried) == 1:
         again(out)
     else:
-        core.later.append((core.now_ns + (core.options.limits.poll_ns << (len(tried) - 2)), again))
+        wait = core.options.limits.poll_ns << min(len(tried) - 2, MAX_ATTEMPTS)
+        core.later.append((core.now_ns + wait, again))
 
 
-def _loaded(core: Core, group: Group, out: list[Command]) -> None:
-    """All members are whole: new requests run locally, old ones finish in the pipeline."""
+def _send_away(core: Core, group: Group, out: list[Command]) -> None:
+    """Requests that waited for these survivors are computed anew by others."""
+    parked, group.parked = group.parked, []
+    for seq, route in parked:
+        core.free_held(seq, route, out)
+        core.route(seq, out)
+
+
+def loaded(core: Core, group: Group, out: list[Command]) -> None:
+    """Members have what they want. All whole: new requests run locally, old ones finish in the pipeline. Their slices,
+    or less than hoped for: the pipeline goes on."""
     if group.awaited or group.owed or group.state is not State.LOADING:
+        return
+    if group.gave_up or len(group.wants) > 1:
+        _resume(core, group, out)
         return
     group.happen(Happening.LOADED, core.now_ns)
     core.mark(out, group, "restored")
     if group.sets:
         [group.old] = group.sets
-    group.sets = []
     whole = (0, core.num_layers)
     group.sets = [core.lane_set(group, (Stage(instance, whole),)) for instance in group.members()]
+    _rejoin(core, group, out)
     core.flush(out)
     drained(core, group, out)
+
+
+def _resume(core: Core, group: Group, out: list[Command]) -> None:
+    """Pages that no load has taken are the KV range's again; who was parked goes on."""
+    group.happen(Happening.RESUMED, core.now_ns)
+    core.mark(out, group, "resumed")
+    group.gave_up, group.wants = False, {}
+    if not group.sets:
+        group.sets = [core.lane_set(group, group.route)]
+    for instance in group.members():
+        cells = core.cells_without(instance)
+
+        def then(event: ShrinkDone, out: list[Command], instance: int = instance, cells: int = cells) -> None:
+            if event.status is Status.OK and instance in core.ledger.free:
+                core.ledger.resize(instance, cells)
+                for lane in [lane for found in group.all_sets() for lane in found.lanes]:
+                    lane.resized()
+
+        if cells > core.ledger.capacity[instance]:
+            core.ask(group, out, ShrinkKV, instance, cells, then=then)
+    _rejoin(core, group, out)
+    core.flush(out)
+
+
+def _rejoin(core: Core, group: Group, out: list[Command]) -> None:
+    """Requests that kept their KV through a loss go on where it is."""
+    parked, group.parked, group.parts = group.parked, [], ()
+    for seq, route in parked:
+        found = next(found for found in group.sets if found.stages == route)
+        seq.shared = core.spread.blocks(seq.request_id)
+        found.join(seq, out)
 
 
 def drained(core: Core, group: Group, out: list[Command]) -> None:
@@ -159,6 +214,9 @@ def drained(core: Core, group: Group, out: list[Command]) -> None:
                 core.route(seq, out)
         if old.outstanding() or any(lane.busy for lane in old.lanes):
             return
+    if any(seq.computed for found in group.sets for seq in (*found.waiting, *found.lanes[0].joining)):
+        return  # they have KV that no lane owns yet
+    if old is not None:
         for lane in old.lanes:
             lane.hand_back()
             del core.lanes[lane.lane]

@@ -16,7 +16,7 @@ class State(StrEnum):
     EXCHANGING = "exchanging"  # the pipeline serves queued requests; old ones' KV is on its way
     PIPELINE = "pipeline"  # everything runs in the pipeline
     SHRINKING = "shrinking"  # extension cells are given up
-    LOADING = "loading"  # parameters are on their way back, the pipeline serves
+    LOADING = "loading"  # parameters are on their way back, the pipeline serves (survivors of a loss do not yet)
     DRAINING = "draining"  # whole again: new requests run locally, old ones finish in the pipeline
     CLEARING = "clearing"  # a member died: what was under way is awaited
     MERGED = "merged"  # became part of a larger group
@@ -34,6 +34,7 @@ class Happening(StrEnum):
     CALM = "calm"
     SHRUNK = "shrunk"
     LOADED = "loaded"
+    RESUMED = "resumed"  # a pipeline goes on as one: survivors have their slices again, or loads were given up
     DRAINED = "drained"
     LOST = "lost"  # a member died
     CLEARED = "cleared"
@@ -49,6 +50,7 @@ TABLE: dict[tuple[State, Happening], State] = {
     (S.PIPELINE, H.CALM): S.SHRINKING,
     (S.SHRINKING, H.SHRUNK): S.LOADING,
     (S.LOADING, H.LOADED): S.DRAINING,
+    (S.LOADING, H.RESUMED): S.PIPELINE,
     (S.DRAINING, H.OVERLOAD): S.PARKING,
     (S.DRAINING, H.DRAINED): S.GONE,
     **{(state, H.LOST): S.CLEARING for state in S if state not in (S.CLEARING, S.MERGED, S.GONE)},

@@ -14,7 +14,7 @@ from common.types import CopySpan, StopInstance
 from systems.baselines.llumnix import LlumnixConfig, LlumnixPolicy
 from systems.baselines.vllm import VllmPolicy
 from systems.registry import make_policy
-from tests.baselines.worlds import Load, Run, loads, play_local
+from tests.baselines.worlds import Load, Run, leap_matters, loads, play_local
 from tests.fakes import US
 from tests.laws.strategies import law
 
@@ -58,6 +58,15 @@ def test_everyone_ends_and_no_block_is_lost():
 
     draws()
     assert met["moved"] > 20 and met["aborted"] and met["stopped"], met
+
+
+@law(100)
+@given(loads(), THRESHOLDS, DRAINS)
+def test_leaps_of_any_size_give_the_same_times(load, threshold, drain):
+    def play(load):
+        return Run(load, policy(load.model().info(), load.engine(), threshold, drain)).drive()
+
+    assert not leap_matters(load, play)
 
 
 def test_a_run_is_the_same_every_time():

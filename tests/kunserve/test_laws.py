@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 
-from common.types import CopyDone, CopySpan, LayersDropped, LayersLoaded, LoadLayers, RequestStatus, Status
+from common.types import CopyDone, CopySpan, LayersDropped, LayersLoaded, LoadLayers, RequestStatus, ShrinkDone, Status
 from systems.baselines.vllm import VllmPolicy
 from systems.kunserve.restore import MAX_ATTEMPTS
 from systems.kunserve.state import State
@@ -132,7 +132,20 @@ def test_a_load_that_fails_is_tried_again_from_the_host_after_a_while(count):
 
 
 def test_loads_that_always_fail_are_given_up_and_the_pipeline_goes_on():
+    """As a pipeline that serves, with its extension again, and that may try once more when it has been calm."""
     run = failing(1 << 30)
-    assert len(run.loads) == 2 * MAX_ATTEMPTS and run.kinds().count("load_given_up") == 2
-    assert "restored" not in run.kinds()
+    assert run.kinds().count("load_given_up") >= 2 and "restored" not in run.kinds()
+    assert run.kinds().count("resumed") == run.kinds().count("load_given_up") // 2
+    assert all(len({now for now, _ in run.loads[at : at + 2]}) == 1 for at in range(0, len(run.loads), 2))
+    assert len(run.loads) <= MAX_ATTEMPTS * (run.kinds().count("load_given_up") + 2)
     assert list(run.record.requests.status) == [RequestStatus.FINISHED] * 28
+
+
+def test_after_loads_were_given_up_the_next_restore_succeeds():
+    run = failing(2 * MAX_ATTEMPTS)
+    rest = run.kinds()[run.kinds().index("load_given_up") :]
+    assert [kind for kind in rest if kind != "fallback"] == ["load_given_up", "load_given_up", "resumed", "restore",
+                                                             "restored", "drained"]  # fmt: skip
+    grown = [event for _, event, _ in run.trace if isinstance(event, ShrinkDone)]
+    assert len(grown) == 3 * 2 and all(event.status is Status.OK for event in grown), "shrunk, grown, shrunk again"
+    assert {group.state for group in run.policy.core.groups.values()} == {State.SERVING}

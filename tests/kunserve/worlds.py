@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.executors.memory import overlap, union_cells
 from common.executors.sim import SimExecutor
+from common.kv.plane import first_flaw
 from common.record import RequestColumns, RunRecord
 from common.sched.lane import EngineConfig
 from common.types import InstanceLost, RequestStatus, StartInstance
@@ -33,6 +35,7 @@ class Burst:
     options: tuple[tuple[str, object], ...] = ()
     budget: int = 256
     max_num_seqs: int = 64
+    max_leap: int | None = None
 
     def workload(self) -> FakeWorkload:
         now, arrivals = 0, []
@@ -45,7 +48,8 @@ class Burst:
         return cluster(self.instances, self.blocks, self.layers, self.block_size, **changes)
 
     def engine(self) -> EngineConfig:
-        return EngineConfig(self.block_size, self.budget, self.max_num_seqs, max_model_len=1 << 20)
+        return EngineConfig(self.block_size, self.budget, self.max_num_seqs, max_leap=self.max_leap,
+                            max_model_len=1 << 20)  # fmt: skip
 
     def policy(self, info) -> KunServePolicy:
         return KunServePolicy(info, self.engine(), Options.of({**FAST, **dict(self.options)}))
@@ -106,17 +110,21 @@ class Run:
     def note(self) -> None:
         for group in self.policy.core.groups.values():
             if group.exchange is not None:
-                for parked in group.exchange.give_up():
+                for parked in group.exchange.waiting():
                     self.saw("straddles a drop", parked.seq.request_id, group.id)
-            if group.old is not None and group.state is State.DRAINING:
-                for lane in group.old.lanes:
-                    for request_id in lane.running:
-                        self.saw("straddles a restore", request_id, group.id)
-            if group.state in (State.EXCHANGING, State.PIPELINE):
-                for lane in group.sets[0].lanes:
-                    for request_id in lane.running:
-                        if self.record.requests.first_token_ns[request_id] < 0:
-                            self.saw("starts after a drop", request_id, group.id)
+            for found in group.all_sets():
+                for lane in found.lanes:
+                    self.note_lane(group, lane, found is group.old)
+
+    def note_lane(self, group, lane, old: bool) -> None:
+        for request_id, seq in lane.running.items():
+            if seq.shared:
+                self.saw("straddles a drop", request_id, group.id)
+            if old and group.state is State.DRAINING:
+                self.saw("straddles a restore", request_id, group.id)
+            begun = self.record.requests.first_token_ns[request_id] >= 0
+            if group.state in (State.EXCHANGING, State.PIPELINE) and not begun:
+                self.saw("starts after a drop", request_id, group.id)
 
     def note_loss(self, instance: int) -> None:
         group = self.policy.core.group_of.get(instance)
@@ -129,7 +137,7 @@ class Run:
             for lane in found.lanes:
                 for request_id in lane.running:
                     self.saw(kind, request_id, group.id)
-        for parked in group.parked if group.exchange is None else group.exchange.give_up():
+        for parked in group.parked if group.exchange is None else group.exchange.waiting():
             self.saw(kind, parked.seq.request_id, group.id)
 
     def situations(self) -> dict[str, int]:
@@ -143,6 +151,7 @@ class Run:
     def check(self) -> None:
         if self.executor.state.ready:
             return  # something is owed at this very instant
+        self.check_planes()
         core = self.policy.core
         state = self.executor.state
         spare: dict[int, int] = {}
@@ -158,13 +167,53 @@ class Run:
             assert taken - spare.get(instance, 0) <= used, f"instance {instance}: {taken} taken of {used} in use"
             assert state.memory[instance].capacity >= capacity or core.group_of[instance].awaited
         for group in core.groups.values():
-            if group.state is State.CLEARING or (len(group.route) == 1 and group.state is not State.SERVING):
-                continue  # dissolving, or on its way back to be whole
+            lanes = [lane for found in group.all_sets() for lane in found.lanes] + list(group.stopping.values())
+            if group.state is State.CLEARING or not any(lane.running or lane.pieces for lane in lanes):
+                continue  # dissolving, or nobody runs in it
             resident = [any(state.memory[i].resident[layer] for i in group.members())
                         for layer in range(self.model.num_layers)]  # fmt: skip
             assert all(resident), f"group {group.id} ({group.state}) lacks a layer"
         live = list(self.record.requests.status).count(RequestStatus.LIVE)
         assert self.outstanding() == live, f"{self.outstanding()} requests in the books of {live}"
+
+    def check_planes(self) -> None:
+        """Every stored token's KV is there once per layer: in the lane, or held where its placement says; and what an
+        instance has in use are the blocks of lanes and of held KV, no more and no less."""
+        executor, state, layers = self.executor, self.executor.state, self.model.num_layers
+        size = state.block_size
+        cells = [0] * len(state.memory)
+        for lane in executor.lanes.values():
+            for member in lane.members.values():
+                stored, request_id = member.offset + executor.completed(lane), member.entry.request_id
+                placement = lane.spread.get(request_id) or executor.control.default(lane, member.entry)
+                assert first_flaw(placement, layers, 1 << 40) is None
+                assert self.area(lane, request_id, placement, stored) == stored * layers, f"request {request_id}"
+                charged = member.offset + lane.iteration + lane.settled
+                for stage in lane.stages:
+                    cells[stage.instance] += executor.control._home_cells(placement, stage, charged)
+            for target in lane.targets:
+                placement = lane.spread.get(target.entry.request_id) or executor.control.default(lane, target.entry)
+                for stage in lane.stages:
+                    cells[stage.instance] += executor.control._home_cells(placement, stage, target.target)
+        for held in state.held.values():
+            for instance in {one.instance for one in held}:
+                cells[instance] += union_cells([one for one in held if one.instance == instance], size)
+        for instance, memory in enumerate(state.memory):
+            assert cells[instance] == memory.used, f"instance {instance}: {memory.used} cells used of {cells[instance]}"
+
+    def area(self, lane, request_id: int, placement, stored: int) -> int:
+        """Token-layers of a running request: the lane's at its stages, and what is held of it elsewhere."""
+        total = 0
+        for stage in lane.stages:
+            for span in placement:
+                band = overlap(span.layers, stage.layers)
+                end = stored if span.token_end is None else min(span.token_end, stored)
+                if band is None or end <= span.token_start:
+                    continue
+                if span.instance == stage.instance:
+                    total += (end - span.token_start) * (band[1] - band[0])
+        return total + sum((min(one.end, stored) - one.start) * (one.layers[1] - one.layers[0])
+                           for one in self.executor.state.held.get(request_id, ()))  # fmt: skip
 
     def outstanding(self) -> int:
         core = self.policy.core
@@ -173,7 +222,7 @@ class Run:
             ids |= {seq.request_id for seq in group.queue}
             ids |= {parked.seq.request_id for parked in group.parked}
             if group.exchange is not None:
-                ids |= {parked.seq.request_id for parked in group.exchange.give_up()}
+                ids |= {parked.seq.request_id for parked in group.exchange.waiting()}
         for _, _, lane in core.lanes.values():
             ids |= set(lane.running) | {seq.request_id for seq in (*lane.joining, *lane.waiting)}
         return len(ids)
