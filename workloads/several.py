@@ -17,8 +17,8 @@ Build = Callable[[WorkloadConfig, int], Workload]
 
 def several(config: Common, seed: int, build: Build) -> Workload:
     """A workload for each name of `per_model`: this one with the keys given there changed (all of them anew where
-    `kind` is among them). Merged by arrival; each has random streams of its own, so a model's requests are those that it
-    would have alone."""
+    `kind` is among them). Merged by arrival. Each has random streams of its own, so a model's requests are those
+    that it would have alone."""
     per_model = config.per_model
     if not isinstance(per_model, Mapping) or len(per_model) < 2:
         raise ConfigError(f"workload.per_model={per_model!r}: give two or more models, {{name: {{key: value}}}}")
