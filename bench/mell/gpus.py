@@ -28,7 +28,6 @@ from workloads.build import build
 
 RATES = {"infrequent": 0.5, "middle": 0.8, "frequent": 1.1}
 MAIN = ("mell", "load_balance", "worst_fit", "best_fit", "oracle_worst_fit", "oracle_best_fit")
-MORE = ("load_balance_drain", "ffd_repack", "first_fit", "oracle_load_balance")
 SNAPSHOT_S = 5.0
 SLOS = ((5_000, 50), (5_000, 100), (1_000, 50))  # TTFT and TPOT, ms
 RAMP = 1 / 3  # of the span of arrivals is left out of means and peaks
