@@ -29,7 +29,7 @@ from workloads.several import by_cluster
 
 STOCKS = (20, 28)
 SEEDS = range(3)
-SYSTEMS = ("mell", "best_fit")
+SYSTEMS = ("mell",)
 
 
 def only(workload: Any, model: int) -> Any:

@@ -12,73 +12,84 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.mell.gpus import MAIN, RATES, Case, simulate
+from bench.mell.gpus import RATES, Case, simulate
 
 SEEDS = range(3)
 FOUR = ("mell", "load_balance", "worst_fit", "best_fit")
-FITS = ("best_fit", "worst_fit", "first_fit", "load_balance", "load_balance_drain", "ffd_repack")
+FITS = ("best_fit", "worst_fit", "load_balance", "first_fit", "load_balance_drain", "ffd_repack")
 NATIVE_RATES = {"infrequent": 13.6, "middle": 21.8, "frequent": 30.0}  # in the proportions of the paper's
-LINKS = (1.25e8, 4e8, 1.25e9, 5e9, 2e10)  # bytes/s
-LENGTHS = {1: 30.0, 5: 3.6, 10: 1.1, 20: 0.36}  # scale -> rate
-MARKS = (0.0, 0.05, 0.15, 0.3)
+LINKS = (1.25e8, 1.25e9, 2e10)  # bytes/s
+LENGTHS = {1: 30.0, 20: 0.36}  # scale -> rate; x10 is the main comparison
+MARKS = (0.0, 0.05, 0.2)
 AZURE_STARTS = (0, 1000, 2000)  # s of the trace
 
 
 def cases() -> Iterator[Case]:
-    """All runs; the study is the first part of the key."""
+    """All runs, most wanted first; the study is the first part of the key."""
     for seed in SEEDS:
-        yield from _mechanisms(seed)
-        yield from _sweeps(seed)
-        yield from _traffic(seed)
-        for system in FOUR if seed == 0 else ():
-            yield Case("timeline", "frequent", system, "", seed, ())
-
-
-def _traffic(seed: int) -> Iterator[Case]:
-    """Native lengths at three loads; the Azure conversations, native and x10."""
-    for model in ("13b", "7b"):
-        for load, rate in NATIVE_RATES.items():
+        yield from _watermark(seed)
+        yield from _hybrid(seed)
+        yield from _overflow(seed)
+        if seed == 0:
             for system in FOUR:
-                yield Case(f"{model}_native", load, system, "", seed, (f"workload.rate={rate}",))
-        start = AZURE_STARTS[seed]
-        for name, seconds in (("azure", 300), ("azure_x10", 60)):
-            for system in MAIN:
-                window = f"workload.window_s=[{start},{start + seconds}]"
-                yield Case(f"{model}_{name}", name, system, "", seed, (window,))
+                yield Case("timeline", "frequent", system, "", seed, ())
+        yield from _azure(seed)
+        yield from _lengths(seed)
+        yield from _switches(seed)
+    for seed in SEEDS:
+        for model in ("13b", "7b"):
+            for load, rate in NATIVE_RATES.items():
+                for system in FOUR:
+                    yield Case(f"{model}_native", load, system, "", seed, (f"workload.rate={rate}",))
 
 
-def _mechanisms(seed: int) -> Iterator[Case]:
-    """Switches of MELL, and what the baselines do when KV outgrows a GPU."""
-    for load, rate in RATES.items():
-        for on in ("true", "false"):
-            yield Case("batching", load, "mell", f"batching={on}", seed,
-                       (f"workload.rate={rate}", f"system.batching={on}"))  # fmt: skip
-    for option in ("migration=kv", "migration=tokens", "migration=off", "rules=paper", "weight_free=0",
-                   "weight_requests=0", "weight_node=0"):  # fmt: skip
-        yield Case("13b_x10", "frequent", "mell", option, seed, ("workload.rate=1.1", f"system.{option}"))
-    for system in FITS:
-        yield Case("overflow", "frequent", system, "preempt", seed, ())
-        yield Case("overflow", "frequent", system, "reserve_max", seed, ("system.overflow=reserve_max",))
-        yield Case("overflow", "frequent", f"oracle_{system}", "oracle", seed, ())
-    yield Case("overflow", "frequent", "mell", "", seed, ())
+def _watermark(seed: int) -> Iterator[Case]:
+    for mark in MARKS:
+        for system in FOUR:
+            yield Case("watermark", f"{mark:g}", system, "", seed, (f"system.watermark={mark}",))
 
 
-def _sweeps(seed: int) -> Iterator[Case]:
+def _hybrid(seed: int) -> Iterator[Case]:
     for experiment in ("hybrid", "hybrid_busy"):
         for link in LINKS:
             for migration in ("hybrid", "kv", "tokens"):
                 yield Case(experiment, f"{link:g}", "mell", f"migration={migration}", seed,
                            (f"hardware.nic_bandwidth={link}", f"system.migration={migration}"))  # fmt: skip
-    for mark in MARKS:
-        for system in FOUR:
-            yield Case("watermark", f"{mark:g}", system, "", seed, (f"system.watermark={mark}",))
+
+
+def _overflow(seed: int) -> Iterator[Case]:
+    """What the baselines do when KV outgrows a GPU; `preempt` and the first two oracles are in the main comparison."""
+    for system in FITS:
+        yield Case("overflow", "frequent", system, "reserve_max", seed, ("system.overflow=reserve_max",))
+    for system in FITS[2:]:
+        yield Case("overflow", "frequent", system, "preempt", seed, ())
+        yield Case("overflow", "frequent", f"oracle_{system}", "oracle", seed, ())
+
+
+def _azure(seed: int) -> Iterator[Case]:
+    start = AZURE_STARTS[seed]
+    for model in ("13b", "7b"):
+        for name, seconds in (("azure", 300), ("azure_x10", 60)):
+            for system in FOUR:
+                window = f"workload.window_s=[{start},{start + seconds}]"
+                yield Case(f"{model}_{name}", name, system, "", seed, (window,))
+
+
+def _lengths(seed: int) -> Iterator[Case]:
     for scale, rate in LENGTHS.items():
         for system in FOUR:
             yield Case("lengths", f"x{scale}", system, "", seed,
                        (f"workload.length_scale={scale}", f"workload.rate={rate}"))  # fmt: skip
-    for factor in (2, 4):
-        for system in FOUR:
-            yield Case("13b_x10", f"{factor}x", system, "", seed, (f"workload.rate={1.1 * factor:g}",))
+
+
+def _switches(seed: int) -> Iterator[Case]:
+    """Of MELL."""
+    for option in ("migration=off", "rules=paper", "weight_free=0", "weight_requests=0", "weight_node=0"):
+        yield Case("13b_x10", "frequent", "mell", option, seed, ("workload.rate=1.1", f"system.{option}"))
+    for load, rate in RATES.items():
+        for on in ("true", "false"):
+            yield Case("batching", load, "mell", f"batching={on}", seed,
+                       (f"workload.rate={rate}", f"system.batching={on}"))  # fmt: skip
 
 
 def main() -> None:
