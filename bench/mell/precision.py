@@ -25,15 +25,16 @@ from workloads.build import build
 
 MODES: dict[str, tuple[Mode, ...]] = {"kv": ("kv",), "tokens": ("tokens",), "both in turn": ("kv", "tokens")}
 DTYPES = ("float32", "bfloat16", "float16")
-REQUESTS, OUTPUT, INSTANCES = 12, 96, 3
-MODELS = ("tiny_llama", "tiny_qwen3")
+REQUESTS, OUTPUT, INSTANCES = 8, 64, 3
+MODELS = ("tiny_llama",)
 
 
 def replies(model: str, dtype: str, mode: tuple[Mode, ...] | None, once: bool, apart: bool) -> tuple[Any, int]:
     """(request -> generated ids, migrations done). `apart`: an hour between arrivals, so that each runs alone."""
     rate = 1 / 3600 if apart else 50.0
     config = compose(["system=mell", "runtime=local", f"runtime.dtype={dtype}", "runtime.clock=modelled",
-                      f"model={model}", "hardware=cpu", f"cluster.num_instances={INSTANCES}", "system.epoch_ms=3", "system.min_instances=3",
+                      f"model={model}", "hardware=cpu", f"cluster.num_instances={INSTANCES}", "system.epoch_ms=3",
+                      "system.min_instances=3",
                       "workload=poisson", "workload.lengths=fixed", "workload.prompt_tokens=64",
                       f"workload.output_tokens={OUTPUT}", f"workload.num_requests={REQUESTS}", f"workload.rate={rate}",
                       "engine.kv_blocks=200"])  # fmt: skip
@@ -61,8 +62,8 @@ def main() -> None:
     """Print and write."""
     torch.set_num_threads(1)
     lines = [
-        "Real tensors, emulated on one device (`python -m bench.mell.precision`): CPU, random weights, greedy, 12",
-        "requests of 64 + 96 tokens on 3 instances. Equal: replies identical to the reference. Until: mean share of a",
+        "Real tensors, emulated on one device (`python -m bench.mell.precision`): CPU, random weights, greedy, 8",
+        "requests of 64 + 64 tokens on 3 instances. Equal: replies identical to the reference. Until: mean share of a",
         "reply before its first difference. `never` migrates nobody: it differs from `alone` by who shares the batch.",
         "",
         "| model | type | migrates | as | migrations | equal to alone | until | equal to never | until |",
