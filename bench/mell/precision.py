@@ -30,8 +30,8 @@ MODELS = ("tiny_llama",)
 
 
 def replies(model: str, dtype: str, mode: tuple[Mode, ...] | None, once: bool, apart: bool) -> tuple[Any, int]:
-    """(request -> generated ids, migrations done). `apart`: an hour between arrivals, so that each runs alone."""
-    rate = 1 / 3600 if apart else 50.0
+    """(request -> generated ids, migrations done). `apart`: seconds between arrivals, so that each runs alone."""
+    rate = 0.2 if apart else 50.0
     config = compose(["system=mell", "runtime=local", f"runtime.dtype={dtype}", "runtime.clock=modelled",
                       f"model={model}", "hardware=cpu", f"cluster.num_instances={INSTANCES}", "system.epoch_ms=3",
                       "system.min_instances=3",

@@ -170,7 +170,7 @@ def report(rows: Rows, main_rows: Rows) -> list[str]:
     rules = {**{("overflow", *key[1:]): group for key, group in fits.items()},
              **{key: group for key, group in rows.items() if key[0] == "overflow"}}  # fmt: skip
     moved = [*PACKING, KV, TOKENS, Column("recomputed tokens/s", recomputed), *STALLS]
-    lengths = ("lengths", "hybrid_busy")
+    lengths = ("lengths", "watermark")
     served = [*PACKING, *PLANNED, *TTFT[1:], *TPOT]
     azure = ("13b_azure", "13b_azure_x10", "7b_azure", "7b_azure_x10")
     how = [SEEDS, GPUS, OVER, KV, TOKENS, *STALLS, *TTFT[1:], *TPOT]
@@ -185,8 +185,9 @@ def report(rows: Rows, main_rows: Rows) -> list[str]:
          "`hybrid_busy`: prompts eight times as long, replies half)", table(rows, ("hybrid", "hybrid_busy"), how)),
         ("How long requests are: native LMSYS-like lengths (30 requests/s), and x20 (0.36/s)",
          table(rows, ("lengths",), [*PACKING, *PLANNED])),
-        ("Share of live requests in each class", table(rows, lengths, classes("class_requests"))),
-        ("Share of KV blocks in each class", table(rows, lengths, classes("class_blocks"))),
+        ("Share of live requests in each class (`watermark`: lengths x10)",
+         table(rows, lengths, classes("class_requests"))),
+        ("Share of KV blocks in each class (`watermark`: lengths x10)", table(rows, lengths, classes("class_blocks"))),
         ("Native lengths at three loads (240 s)", table(rows, ("13b_native", "7b_native"), served)),
         ("Azure conversations 2023: windows of the trace as seeds", table(rows, azure, served)),
         ("Batching: moves per second that the scheduler asks for",
