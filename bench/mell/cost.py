@@ -80,9 +80,9 @@ def main() -> None:
             rows.append(min((measure(num_gpus, per_gpu, mixed, seed) for seed in range(2)),
                             key=lambda row: float(row["mean_us"])))  # fmt: skip
             print(rows[-1], flush=True)
-    lines = ["Cost of one operation of the scheduler (Allocate, Depart, Update by one block: a third each), CPU time of",
-             f"the thread, best of 2 seeds x {OPERATIONS:,} operations, GPUs of {CAPACITY} blocks. Measured on a shared machine:",
-             "the growth is the result, not the microseconds. `python -m bench.mell.cost`", "",
+    lines = ["Cost of one operation of the scheduler (Allocate, Depart, Update by one block: a third each), CPU time",
+             f"of its thread, best of 2 seeds x {OPERATIONS:,} operations, GPUs of {CAPACITY} blocks. Measured on a",
+             "shared machine: the growth is the result, not the microseconds. `python -m bench.mell.cost`", "",
              "| requests | GPUs | live | mean, us | worst, us | group moves/op | request moves/op |",
              "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     lines += [f"| {row['mix']} | {row['gpus']:,} | {row['requests']:,} | {row['mean_us']:.1f} | "
