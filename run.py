@@ -74,9 +74,16 @@ def executor_type(config: RunConfig) -> Callable[..., SimExecutor]:
 
 def make_executor(config: RunConfig, workload: Any, record: RunRecord) -> SimExecutor:
     """The world that the configured runtime carries commands out in."""
-    from systems.registry import ORACLES
+    from systems.registry import ORACLES, check_serves
 
-    faults = tuple((int(seconds * 1e9), instance) for seconds, instance in config.cluster.lost)
+    check_serves(config.system, len(config.models))
+    if config.models or getattr(workload, "models", ()):
+        from workloads.several import by_cluster
+
+        workload = by_cluster(workload, config.cluster.models)
+    gpus = config.cluster.num_instances
+    faults = tuple((int(seconds * 1e9), instance + model * gpus) for seconds, instance in config.cluster.lost
+                   for model in range(max(1, len(config.models))))  # fmt: skip
     return executor_type(config)(
         config, workload, record, oracle=config.system in ORACLES, faults=faults,
         message_faults=_message_faults(config), agent_faults=_agent_faults(config),
@@ -211,7 +218,7 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
     facts = {
         "system": config.system,
         "workload": config.workload_name,
-        "model": config.model.name,
+        "model": " + ".join(model.name for model in config.models) or config.model.name,
         "hardware": config.hardware.name,
         "hardware_derived_from": config.hardware.derived_from,
         "num_instances": config.cluster.num_instances,

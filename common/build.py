@@ -11,7 +11,7 @@ from common.cost.memory import kv_capacity_blocks, shard_kv_heads
 from common.cost.model import InstanceCost
 from common.cost.transfer import Link, nic, nvlink, pcie, startup_ns
 from common.errors import ConfigError
-from common.executors.cluster import ClusterModel, StageCost
+from common.executors.cluster import ClusterModel, StageCost, pooled
 from common.executors.network import LinkSpec
 from common.spanning import spanning, stage_cells
 from common.types import InstanceInfo
@@ -21,6 +21,8 @@ PROFILE_TOKENS = 1024  # of the one prompt that the profile for policies measure
 
 def cluster_model(config: RunConfig) -> ClusterModel:
     """The cluster that a configuration describes; CapacityError when the model does not fit."""
+    if config.models:
+        return pooled([cluster_model(one) for one in each_model(config)])
     whole = config.system_options.get("span") == "cluster"
     config = spanning(config) if whole else config
     model, hardware, tp = config.model, config.hardware, config.cluster.tp
@@ -79,6 +81,11 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         compact_bandwidth=hardware.mem_bandwidth * tp,
         extra=_estimates(config),
     )
+
+
+def each_model(config: RunConfig) -> list[RunConfig]:
+    """The configuration of each of the models that share the GPUs, as if it had them alone."""
+    return [replace(config, model=model, models=()) for model in config.models]
 
 
 def unlimited_blocks(config: RunConfig) -> int:

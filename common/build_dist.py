@@ -22,6 +22,8 @@ from common.record import RunRecord
 def check(config: RunConfig) -> None:
     """ConfigError on what this runtime cannot do yet."""
     runtime = config.runtime
+    if config.models:
+        raise ConfigError(f"cluster.models={list(config.cluster.models)}: runtime=dist has one model; use sim or local")
     if runtime.clock != "modelled":
         raise ConfigError("runtime.clock=measured: runtime=dist has the modelled clock only; use runtime=local for it")
     if runtime.graphs == "on":

@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
-from common.build import cluster_model
+from common.build import cluster_model, each_model
 from common.config import RunConfig
 from common.engine.folder import FolderSource
 from common.engine.instance import cell_bytes
 from common.engine.layout import LayerLayout
+from common.engine.manyworlds import ManyWorlds
 from common.engine.sampler import SamplingParams
 from common.engine.spec import DecoderSpec, check_device, dtype_named, from_hf, from_model_spec
 from common.engine.weights import MemorySource, ParameterSource, RandomSource
 from common.engine.world import EngineWorld
 from common.errors import CapacityError, ConfigError
-from common.executors.cluster import ClusterModel
+from common.executors.cluster import ClusterModel, pooled
 from common.executors.local import LocalExecutor
 from common.executors.source import WorkloadLike
 from common.record import RunRecord
@@ -111,19 +112,26 @@ def check_memory(cluster: ClusterModel, spec: DecoderSpec, device: torch.device)
         )
 
 
-def local_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord, **options: Any) -> LocalExecutor:
-    """An executor and its world. The caller closes `executor.world`."""
-    choice = choose_device(config)
-    if choice.device.type == "cpu":
-        torch.set_num_threads(config.runtime.threads)
-    spec = decoder_spec(config, choice.dtype)
-    cluster = local_cluster(config, spec)
-    check_memory(cluster, spec, choice.device)
+def _world(config: RunConfig, spec: DecoderSpec, cluster: ClusterModel, choice: Choice) -> EngineWorld:
     attention = None if config.runtime.attention == "auto" else config.runtime.attention
-    world = EngineWorld(
+    return EngineWorld(
         cluster.instances, spec, parameter_source(config, spec), config.engine.block_size, device=str(choice.device),
         attention=attention, sampling=SamplingParams(temperature=config.runtime.temperature, seed=config.seed),
         seed=config.seed, poison=config.runtime.check, graphs=config.runtime.graphs,
         max_len=config.engine.max_model_len,
     )  # fmt: skip
+
+
+def local_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord, **options: Any) -> LocalExecutor:
+    """An executor and its world. The caller closes `executor.world`."""
+    choice = choose_device(config)
+    if choice.device.type == "cpu":
+        torch.set_num_threads(config.runtime.threads)
+    each = each_model(config) or [config]
+    specs = [decoder_spec(one, choice.dtype) for one in each]
+    clusters = [local_cluster(one, spec) for one, spec in zip(each, specs)]
+    cluster = pooled(clusters) if len(clusters) > 1 else clusters[0]
+    check_memory(cluster, specs[0], choice.device)
+    worlds = [_world(one, spec, cluster, choice) for one, spec in zip(each, specs)]
+    world = ManyWorlds(worlds, [info.model for info in cluster.instances]) if len(worlds) > 1 else worlds[0]
     return LocalExecutor(cluster, workload, record, world=world, measured=config.runtime.clock == "measured", **options)

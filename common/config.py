@@ -47,7 +47,7 @@ class RunOptions:
 class ClusterConfig:
     """Instances of `tp` GPUs, the first `num_running` of which run from the start; a node has `gpus_per_node` GPUs.
     `lost`: (seconds, instance). `lost_agents`: (seconds, name, seconds until it is back). `message_faults`: (mean extra
-    delay in ms, share lost, share doubled)."""
+    delay in ms, share lost, share doubled). `models`: names in conf/model that share the GPUs, in place of `model`."""
 
     num_instances: int
     num_running: int  # from the start
@@ -59,6 +59,7 @@ class ClusterConfig:
     control_ms: float
     frontend_ms: float
     host_memory_gb: float | None
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,8 @@ class RunConfig:
     system_options: Mapping[str, Any]
     workload_name: str
     workload: WorkloadConfig
-    model: ModelSpec
+    model: ModelSpec  # with several, the first
+    models: tuple[ModelSpec, ...]  # of cluster.models; (): only `model`
     hardware: HardwareSpec
     cluster: ClusterConfig
     engine: EngineConfig
@@ -141,7 +143,11 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
     model = dict(tree["model"])
     runtime = RuntimeConfig.from_mapping(_without(tree["runtime"], "description"))
     hf_config = model.pop("hf_config", None) or runtime.weights
-    if hf_config:
+    cluster = _cluster(_without(tree["cluster"], "description"))
+    specs = _models(cluster.models, hf_config)
+    if specs:
+        spec = specs[0]
+    elif hf_config:
         spec = from_hf_config(str(hf_config), any_dtype=runtime.weights is not None)
     else:
         spec = load_model(_without(model, "description"))
@@ -152,9 +158,10 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
         workload_name=_workload_name(tree["workload"], choices.get("workload")),
         workload=load_workload(tree["workload"]),
         model=spec,
+        models=specs,
         hardware=hardware,
-        cluster=_cluster(_without(tree["cluster"], "description")),
-        engine=_engine(engine, spec),
+        cluster=cluster,
+        engine=_engine(engine, min(model.max_position for model in specs or (spec,))),
         kv_blocks=_optional_int("engine.kv_blocks", engine["kv_blocks"]),
         gpu_memory_utilization=_number("engine.gpu_memory_utilization", engine["gpu_memory_utilization"]),
         cost_source=_choice("cost.source", tree["cost"]["source"], ("operators", "vidur")),
@@ -231,7 +238,28 @@ def _cluster(tree: dict[str, Any]) -> ClusterConfig:
     frontend = _number("cluster.frontend_ms", tree["frontend_ms"])
     host = None if tree["host_memory_gb"] is None else _number("cluster.host_memory_gb", tree["host_memory_gb"])
     agents, messages = _lost_agents(tree["lost_agents"]), _message_faults(tree["message_faults"])
-    return ClusterConfig(instances, running, tp, per_node, lost, agents, messages, control, frontend, host)
+    models = tree["models"]
+    if not isinstance(models, list) or not all(isinstance(name, str) for name in models):
+        raise ConfigError(f"cluster.models={models!r}: give a list of names in conf/model, or []")
+    return ClusterConfig(instances, running, tp, per_node, lost, agents, messages, control, frontend, host,
+                         tuple(models))  # fmt: skip
+
+
+def _models(names: Sequence[str], hf_config: object) -> tuple[ModelSpec, ...]:
+    """The models that share a cluster: none, or at least two different ones of conf/model."""
+    import yaml
+
+    known = available("model") if names else {}
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise ConfigError(f"cluster.models: unknown model {unknown}; choose from: {', '.join(known)}")
+    if names and (len(names) < 2 or len(set(names)) < len(names)):
+        raise ConfigError(f"cluster.models={list(names)}: give two or more different models, or [] and model=")
+    if names and hf_config:
+        raise ConfigError("cluster.models is for names in conf/model: leave model.hf_config and runtime.weights null")
+    files = (CONF / "model" / f"{name}.yaml" for name in names)
+    trees = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
+    return tuple(load_model(_without(tree, "description", "hf_config")) for tree in trees)
 
 
 def _lost(value: object, instances: int) -> tuple[tuple[float, int], ...]:
@@ -272,10 +300,10 @@ def _message_faults(value: object) -> tuple[float, float, float] | None:
     )
 
 
-def _engine(tree: Mapping[str, Any], model: ModelSpec) -> EngineConfig:
+def _engine(tree: Mapping[str, Any], window: int) -> EngineConfig:
     names = tuple(rule.value for rule in Rule)
     rule = Rule(_choice("engine.scheduler", tree["scheduler"], names))
-    longest = _optional_int("engine.max_model_len", tree["max_model_len"]) or model.max_position
+    longest = _optional_int("engine.max_model_len", tree["max_model_len"]) or window
     budget = _optional_int("engine.max_num_batched_tokens", tree["max_num_batched_tokens"])
     if budget is None:
         defaults = {Rule.PREFILL_FIRST: max(longest, 2048), Rule.PREFILL_FIRST_LEGACY: 4096}

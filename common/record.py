@@ -28,6 +28,7 @@ class RequestColumns:
     cached_tokens: array[int]  # prompt tokens found in a prefix cache at the first admission
     instance: array[int]  # where it finished, -1 unknown
     reasons: dict[int, str] = field(default_factory=dict)  # of rejected requests
+    model: array[int] | None = None  # which of the cluster's models it asked for; None: there is one
 
     @classmethod
     def empty(cls, num_requests: int) -> RequestColumns:

@@ -194,6 +194,7 @@ def requests_columns(record: RunRecord) -> dict[str, Any]:
         "num_migrations": as_numpy(columns.num_migrations),
         "cached_tokens": as_numpy(columns.cached_tokens),
         "instance": as_numpy(columns.instance),
+        **({} if columns.model is None else {"model": as_numpy(columns.model)}),
         "ttft_ms": millis(view.ttft_ms),
         "tpot_ms": millis(view.tpot_ms),
         "e2el_ms": millis(view.e2el_ms),

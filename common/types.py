@@ -279,7 +279,8 @@ Command = (
 
 
 class RequestArrived(NamedTuple):
-    """A request, without its true output length (`oracle_output_tokens` only for baselines labelled oracle)."""
+    """A request, without its true output length (`oracle_output_tokens` only for baselines labelled oracle). `model`:
+    which of the cluster's models it asks for."""
 
     request_id: int
     prompt_tokens: int
@@ -288,6 +289,7 @@ class RequestArrived(NamedTuple):
     session: int = -1
     oracle_output_tokens: int | None = None
     to: str = ""
+    model: int = 0
 
 
 class StepDone(NamedTuple):
@@ -430,7 +432,8 @@ class RequestStatus(IntEnum):
 
 
 class InstanceInfo(NamedTuple):
-    """What a policy may know of an instance before it starts."""
+    """What a policy may know of an instance before it starts. With several models there is one instance for every GPU
+    and model, and at most one of those of a GPU (`gpu`; -1: its own) is up or starting at a time."""
 
     instance: int
     num_layers: int
@@ -440,12 +443,16 @@ class InstanceInfo(NamedTuple):
     node: int = 0
     running: bool = True
     host_cells: int = 0
+    gpu: int = -1
+    model: int = 0
 
 
 class ClusterInfo(NamedTuple):
-    """What a policy may know of the cluster: shapes and budgets, never the executor's cost object."""
+    """What a policy may know of the cluster: shapes and budgets, never the executor's cost object. `pools`: with
+    several models, the part of each (instances keep their ids; profiles are the model's)."""
 
     instances: tuple[InstanceInfo, ...]
     block_size: int
     max_model_len: int
     extra: Mapping[str, float] = {}
+    pools: tuple[ClusterInfo, ...] = ()

@@ -147,6 +147,7 @@ def _fleet(options: Mapping[str, Any]) -> Any:
 
 
 def _mell(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from common.sched.pools import pooled
     from systems.mell.bins import Weights
     from systems.mell.policy import MellConfig, make_mell
 
@@ -161,17 +162,22 @@ def _mell(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]
         link_share=_share(options, "link_share", 0.5),
         compute_share=_share(options, "compute_share", 0.2),
     )
-    return make_mell(cluster, engine, config, _fleet(options))
+    fleet = _fleet(options)
+    return pooled(cluster, fleet, lambda pool, stock: make_mell(pool, engine, config, fleet, stock))
 
 
 def _consolidating(name: str) -> Factory:
     def make(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+        from common.sched.pools import pooled
         from systems.baselines.consolidate import make_consolidating
 
         oracle = name.startswith("oracle_")
         rules = ("oracle",) if oracle else ("preempt", "reserve_max")
         overflow = _choose(options, "overflow", rules[0], rules)
-        return make_consolidating(name.removeprefix("oracle_"), cluster, engine, _fleet(options), overflow)
+        kind, fleet = name.removeprefix("oracle_"), _fleet(options)
+        return pooled(
+            cluster, fleet, lambda pool, stock: make_consolidating(kind, pool, engine, fleet, overflow, stock)
+        )
 
     return make
 
@@ -192,12 +198,21 @@ FACTORIES: dict[str, Factory] = {
     "mell": _mell,
     **{name: _consolidating(name) for kind in CONSOLIDATING for name in (kind, f"oracle_{kind}")},
 }
+# Systems that serve several models: a pool for each over one stock of GPUs.
+POOLED = ("mell", *CONSOLIDATING, *(f"oracle_{kind}" for kind in CONSOLIDATING))
 # Systems that are told true output lengths, and say so.
 ORACLES: frozenset[str] = frozenset(f"oracle_{kind}" for kind in CONSOLIDATING)
+
+
+def check_serves(name: str, num_models: int) -> None:
+    """One line for a system that knows one model and is given several."""
+    if num_models and name in FACTORIES and name not in POOLED:
+        raise ConfigError(f"system={name} serves one model: with cluster.models use one of: {', '.join(POOLED)}")
 
 
 def make_policy(name: str, cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     """A fresh policy for one run."""
     if name not in FACTORIES:
         raise ConfigError(f"system={name} is unknown; choose one of: {', '.join(FACTORIES)}")
+    check_serves(name, len(cluster.pools))
     return FACTORIES[name](cluster, engine, options)

@@ -60,6 +60,7 @@ class FakeWorkload:
     think_ns: Sequence[int] | None = None
     concurrency: int | None = None
     max_output_tokens: int = 1 << 20
+    model: Sequence[int] | None = None
 
 
 def cluster(

@@ -22,11 +22,14 @@ from workloads.config import (
     WorkloadConfig,
     from_mapping,
 )  # fmt: skip
+from workloads.several import several
 from workloads.types import Ints, Workload
 
 
 def build(config: WorkloadConfig, seed: int) -> Workload:
     """The workload of `config`; equal arguments give equal arrays on any machine."""
+    if config.per_model is not None:
+        return several(config, seed, build)
     workload = _raw(config, seed)
     if config.window_s is not None:
         workload = transform.window(workload, *config.window_s)

@@ -35,6 +35,7 @@ class Common:
     speed: float = 1.0
     length_scale: float = 1.0
     mix: Mapping[str, object] | None = None
+    per_model: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,8 @@ class Workload:
     counts: Mapping[str, int]
     max_output_tokens: int  # what policies are told
     provenance: str
+    models: tuple[str, ...] = ()  # what requests may ask for; (): the cluster has one model
+    model: Ints | None = None  # index into it
 
     @property
     def num_requests(self) -> int:
@@ -50,7 +52,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         num = len(self.prompt_tokens)
-        per_request = (self.arrival_ns, self.output_tokens, self.session, self.release_after, self.think_ns)
+        per_request = (self.arrival_ns, self.output_tokens, self.session, self.release_after, self.think_ns, self.model)
         assert all(len(values) == num for values in per_request if values is not None)
         assert self.content is None or len(self.content) == num
         assert (self.release_after is None) == (self.think_ns is None)

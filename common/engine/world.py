@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from common.engine.instance import EngineInstance, RemapLog, move_blocks
 from common.engine.model import Decoder
-from common.engine.runner import Runner
+from common.engine.runner import Item, Runner, StageTimes
 from common.engine.sampler import SamplingParams
 from common.engine.spec import DecoderSpec
 from common.engine.weights import ParameterSource
 from common.kernels.select import choose
-from common.types import InstanceInfo, Tier
+from common.types import InstanceInfo, Layers, Tier
 
 
 class EngineWorld:
@@ -65,6 +65,14 @@ class EngineWorld:
         if engine is not None:
             self._gone.append(engine.remaps)
             engine.close()
+
+    def world_of(self, model: int) -> EngineWorld:
+        """That of a model: there is one."""
+        return self
+
+    def run_stage(self, item: Item, instance: int, layers: Layers) -> StageTimes:
+        """One iteration of a batch at one stage."""
+        return self.runner.run_stage(item, instance, layers)
 
     def move(
         self, src: tuple[int, Tier, NDArray[np.int32]], dst: tuple[int, Tier, NDArray[np.int32]],

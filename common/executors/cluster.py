@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from common.executors.network import LinkSpec, Network, Port
@@ -31,7 +31,7 @@ class StageCost(Protocol):
 
 @dataclass(frozen=True)
 class ClusterModel:
-    """A homogeneous cluster of instances.
+    """A homogeneous cluster of instances, or (`pools`) several of one model each over the same GPUs.
 
     `kv_cells`: cells of an instance with all layers resident. `cost(num_layers, first, last)` gives a stage's times.
     `query_bytes`/`partial_bytes`: what remote attention ships per token and layer (q out; o and lse back).
@@ -57,10 +57,21 @@ class ClusterModel:
     remote_service: str = "side_stream"
     stall_ns: int = 600_000_000_000
     extra: dict[str, float] = field(default_factory=dict)
+    pools: tuple[ClusterModel, ...] = ()
 
     def info(self) -> ClusterInfo:
         """What policies may know."""
-        return ClusterInfo(self.instances, self.block_size, self.max_model_len, dict(self.extra))
+        pools = tuple(pool.info() for pool in self.pools)
+        return ClusterInfo(self.instances, self.block_size, self.max_model_len, dict(self.extra), pools)
+
+    def of(self, instance: int) -> ClusterModel:
+        """The cluster of an instance's model."""
+        return self.pools[self.instances[instance].model] if self.pools else self
+
+    def rivals(self, instance: int) -> tuple[int, ...]:
+        """The other instances of its GPU: one for each other model."""
+        stride = len(self.instances) // max(1, len(self.pools))
+        return tuple(other for other in range(instance % stride, len(self.instances), stride) if other != instance)
 
     def link(self, src: int, dst: int) -> LinkSpec:
         """The link between two instances: NVLink inside a node, NIC across."""
@@ -88,3 +99,20 @@ class ClusterModel:
         """Hidden states of `tokens` tokens from one stage to the next."""
         spec = self.link(src, dst)
         return spec.latency_ns + int(tokens * self.hidden_bytes * 1e9 / spec.bandwidth)
+
+
+def pooled(clusters: Sequence[ClusterModel]) -> ClusterModel:
+    """One cluster of several models over the same GPUs: instance `model * GPUs + gpu` is that GPU with that model on
+    it. GPUs that run from the start take the models in turn."""
+    stock = len(clusters[0].instances)
+    assert all(len(cluster.instances) == stock for cluster in clusters)
+    pools = tuple(
+        replace(cluster, instances=tuple(
+            info._replace(instance=model * stock + gpu, gpu=gpu, model=model,
+                          running=info.running and gpu % len(clusters) == model)
+            for gpu, info in enumerate(cluster.instances)
+        ))
+        for model, cluster in enumerate(clusters)
+    )  # fmt: skip
+    everyone = tuple(info for pool in pools for info in pool.instances)
+    return replace(pools[0], instances=everyone, extra={}, pools=pools)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from common.engine.manyworlds import ManyWorlds
 from common.engine.runner import Item, StageTimes
 from common.engine.tokens import GENERATED, TokenSource
 from common.engine.work import Batch, Work
@@ -79,7 +80,7 @@ class LocalExecutor(SimExecutor):
         workload: WorkloadLike,
         record: RunRecord,
         *,
-        world: EngineWorld,
+        world: EngineWorld | ManyWorlds,
         measured: bool = False,
         oracle: bool = False,
         faults: tuple[tuple[int, int], ...] = (),
@@ -94,7 +95,9 @@ class LocalExecutor(SimExecutor):
         self.measured = measured
         self.books = LocalBooks(self)
         self.traffic = Traffic()
-        self.source = TokenSource(world.spec.vocab_size, world.seed)
+        models = range(max(1, len(cluster.pools)))
+        self._sources = [TokenSource(world.world_of(model).spec.vocab_size, world.world_of(model).seed)
+                         for model in models]  # fmt: skip
         self.tokens: dict[int, list[int]] = {}  # request -> all known ids
         self._items: dict[int, Item] = {}  # lane -> its iteration under way
         self._flying: set[int] = set()  # lanes whose iteration under way decodes
@@ -116,12 +119,16 @@ class LocalExecutor(SimExecutor):
         """All known ids of a request: prompt and reply so far."""
         ids = self.tokens.get(request_id)
         if ids is None:
-            ids = self.source.expand(self.prompt_content(request_id), self._told)
+            ids = self._source(request_id).expand(self.prompt_content(request_id), self._told)
             length = self.members.prompt[request_id]
             if len(ids) != length:
                 raise ContractError(f"request {request_id}: content of {len(ids)} tokens for a prompt of {length}")
             self.tokens[request_id] = ids
         return ids
+
+    def _source(self, request_id: int) -> TokenSource:
+        """In the words of its model."""
+        return self._sources[self.members.model_of(request_id)]
 
     def num_known(self, request_id: int) -> int:
         """How many they are."""
@@ -138,7 +145,7 @@ class LocalExecutor(SimExecutor):
         if self.record.requests.status[request_id] != RequestStatus.REJECTED:
             return ids
         rest = self.members.output[request_id] - len(ids)
-        made_up: list[int] = self.source.piece(f"{GENERATED}{request_id}", len(ids), rest).tolist()
+        made_up: list[int] = self._source(request_id).piece(f"{GENERATED}{request_id}", len(ids), rest).tolist()
         return ids + made_up
 
     # ------------------------------------------------------------ contract
@@ -219,7 +226,7 @@ class LocalExecutor(SimExecutor):
             self._items[lane.id] = self._compose(lane)
         stage = lane.stages[lane.stage]
         item = self._items[lane.id]
-        times = self.world.runner.run_stage(item, stage.instance, stage.layers)
+        times = self.world.run_stage(item, stage.instance, stage.layers)
         duration = self._account(lane, stage.instance, times)
         if self.measured:
             lane.durations[lane.stage] = duration

@@ -133,7 +133,7 @@ class LocalBooks:
             for lane in self.lanes.get(request_id, ()):
                 parts += self._of_lane(lane, request_id, instance)
         width = max((part[3] for part in parts), default=0)
-        wanted = np.zeros((self.executor.cluster.num_layers, width), bool)
+        wanted = np.zeros((self.executor.cluster.instances[instance].num_layers, width), bool)
         for low, high, first, last in parts:
             wanted[low:high, first:last] = True
         return wanted

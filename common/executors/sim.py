@@ -51,7 +51,7 @@ from common.types import (
 )
 
 new_tuple = tuple.__new__  # of a NamedTuple, past its Python-level constructor: three times as fast
-assert (len(RequestArrived._fields), len(StepDone._fields)) == (7, 9), "made field by field below"
+assert (len(RequestArrived._fields), len(StepDone._fields)) == (8, 9), "made field by field below"
 OK = Status.OK
 FINISHED, LIVE, REJECTED = int(RequestStatus.FINISHED), int(RequestStatus.LIVE), int(RequestStatus.REJECTED)
 
@@ -103,12 +103,12 @@ class SimExecutor:
         self._last_work = 0
         self._workload = workload
         prompt = integers(workload.prompt_tokens)
-        self.members = self.members_type(self.state, self, prompt, integers(workload.output_tokens))
+        self.members = self.members_type(self.state, self, prompt, integers(workload.output_tokens), workload.model)
         self.losses = self.losses_type(self)
         self.stalls, self.pipes = Stalls(record.stalls), Pipes(record.stages)
         self.generated = self.members.generated
         self._segments = record.segments.packed
-        self._costs: dict[tuple[int, bool, bool], StageCost] = {}
+        self._costs: dict[tuple[int, int, bool, bool], StageCost] = {}
         self._submit: dict[type, Any] = {
             RunStep: self._run_step,
             Interrupt: self._interrupt,
@@ -118,6 +118,8 @@ class SimExecutor:
             **self.control.commands(),
         }
         record.requests.prompt_tokens[:] = array("q", prompt)
+        if workload.model is not None:
+            record.requests.model = array("q", integers(workload.model))
         self.control.start(faults, agent_faults)
 
     # ------------------------------------------------------------ contract
@@ -195,6 +197,7 @@ class SimExecutor:
             -1 if session is None else int(session[request_id]),
             self.members.output[request_id] if self.oracle else None,
             "",
+            self.members.model_of(request_id),
         )
         return new_tuple(RequestArrived, fields)
 
@@ -203,10 +206,12 @@ class SimExecutor:
     def stage_cost(self, stage: Stage) -> StageCost:
         """Times of a stage; cached by shape."""
         low, high = stage.layers
-        key = (high - low, low == 0, high == self.cluster.num_layers)
+        cluster = self.cluster.of(stage.instance)
+        model = cluster.instances[0].model
+        key = (model, high - low, low == 0, high == cluster.num_layers)
         cost = self._costs.get(key)
         if cost is None:
-            cost = self._costs[key] = self.cluster.cost(*key)
+            cost = self._costs[key] = cluster.cost(*key[1:])
         return cost
 
     def _run_step(self, command: RunStep) -> None:
@@ -249,15 +254,18 @@ class SimExecutor:
     def _set_stages(self, lane: SimLane, stages: tuple[Stage, ...]) -> None:
         if lane.members or lane.targets:
             raise ContractError(f"lane {lane.id}: its route changed while requests are in it")
-        expected = 0
+        expected, infos = 0, self.cluster.instances
+        num_layers = self.cluster.of(stages[0].instance).num_layers
+        if any(infos[stage.instance].model != infos[stages[0].instance].model for stage in stages):
+            raise ContractError(f"lane {lane.id}: stages {stages} run different models")
         for stage in stages:
             if stage.layers[0] != expected:
                 raise ContractError(f"lane {lane.id}: stages {stages} do not tile the layers in order")
             expected = stage.layers[1]
             if self.state.up[stage.instance] and not self.state.memory[stage.instance].has(stage.layers):
                 raise ContractError(f"lane {lane.id}: instance {stage.instance} does not hold layers {stage.layers}")
-        if expected != self.cluster.num_layers:
-            raise ContractError(f"lane {lane.id}: stages {stages} end before layer {self.cluster.num_layers}")
+        if expected != num_layers:
+            raise ContractError(f"lane {lane.id}: stages {stages} end before layer {num_layers}")
         for foot in lane.feet:
             foot.lanes.pop(lane.id, None)
         lane.stages = stages

@@ -146,7 +146,8 @@ class Control:
 
     def _check(self, lane: SimLane, entry: Entry, placement: Placement) -> None:
         """A placement tiles the tokens from `shared` on, cut at block borders; new KV goes where its position falls."""
-        size, layers = self.state.block_size, self.state.cluster.num_layers
+        size = self.state.block_size
+        layers = self.state.cluster.of(lane.stages[0].instance).num_layers
         if any(span.token_start % size or (span.token_end or 0) % size for span in placement):
             raise ContractError(f"request {entry.request_id}: {placement} is not cut at block borders")
         first = (Span(lane.stages[0].instance, (0, layers), 0, entry.shared),) if entry.shared else ()
@@ -340,9 +341,12 @@ class Control:
         state, instance = self.state, command.instance
         if state.up[instance] or instance in self._starting:
             raise ContractError(f"instance {instance} started but already up or starting")
+        for other in state.cluster.rivals(instance) if state.cluster.pools else ():
+            if state.up[other] or other in self._starting:
+                raise ContractError(f"instance {instance} started on a GPU where instance {other} is up or starting")
         self._up_since[instance] = state.now  # a starting GPU is paid for
         self._starting[instance] = command
-        state.push(state.now + state.cluster.startup_ns, UP, instance, self._started, command)
+        state.push(state.now + state.cluster.of(instance).startup_ns, UP, instance, self._started, command)
 
     def _started(self, command: StartInstance, _: int) -> Event | None:
         state, instance = self.state, command.instance

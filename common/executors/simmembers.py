@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from common.errors import ContractError
@@ -20,13 +21,28 @@ LIVE = int(RequestStatus.LIVE)
 class Members:
     """Owns what is known of each request: prompt, true output and generated tokens, and who joins behind whom."""
 
-    def __init__(self, state: SimState, executor: SimExecutor, prompt: list[int], output: list[int]) -> None:
+    def __init__(
+        self, state: SimState, executor: SimExecutor, prompt: list[int], output: list[int], model: Sequence[int] | None
+    ) -> None:
         self.state = state
         self.executor = executor
         self.prompt = prompt
         self.output = output  # the true lengths: no policy sees them
+        self.model = model  # None: there is one
         self.generated: array[int] = state.record.requests.output_tokens
         self.behind: dict[tuple[int, int], tuple[SimLane, Entry]] = {}  # by request and lane in front
+
+    def model_of(self, request_id: int) -> int:
+        """Which of the cluster's models a request asks for."""
+        return 0 if self.model is None else int(self.model[request_id])
+
+    def check_model(self, request_id: int, instance: int) -> None:
+        """No instance of another model ever sees a request."""
+        if self.model is None:
+            return
+        runs, asks = self.state.cluster.instances[instance].model, self.model_of(request_id)
+        if runs != asks:
+            raise ContractError(f"request {request_id} asks for model {asks}; instance {instance} runs model {runs}")
 
     def take_out(self, lane: SimLane, command: RunStep) -> None:
         """Preempt and park at this boundary; retained blocks become cached ones."""
@@ -44,6 +60,7 @@ class Members:
     def join(self, lane: SimLane, entry: Entry) -> None:
         """Take a request into the lane: absorb its KV held at the stages, charge what it will need there."""
         request_id = entry.request_id
+        self.check_model(request_id, lane.stages[0].instance)
         known = self.prompt[request_id] + self.generated[request_id]
         if not 0 <= entry.computed < entry.target <= known or (entry.decode and entry.computed != known - 1):
             raise ContractError(f"request {request_id}: entry {entry} of {known} known tokens")

@@ -69,8 +69,8 @@ class Moves:
         """Activations between stages."""
         return self.links.hop_ns(src, dst, tokens)
 
-    def _bytes(self, tokens: int, layers: int) -> int:
-        return tokens * layers * self.state.cluster.instances[0].cell_bytes // self.state.block_size
+    def _bytes(self, tokens: int, layers: int, instance: int) -> int:
+        return tokens * layers * self.state.cluster.instances[instance].cell_bytes // self.state.block_size
 
     # ------------------------------------------------------------ copies
 
@@ -79,6 +79,7 @@ class Moves:
         (start, end), (low, high) = command.tokens, command.layers
         if start >= end or low >= high:
             raise ContractError(f"copy {command.command_id}: nothing to copy in {command.tokens} x {command.layers}")
+        self.executor.members.check_model(request_id, command.dst)
         held = Held(command.dst, command.dst_tier, command.layers, start, end, ready=False)
         lane = self._running(command.after) if command.after is not None else None
         self.executor.settle(command.dst)
@@ -155,7 +156,7 @@ class Moves:
     def _put(self, copy: Copy, tokens: int, not_before: int, calls: int) -> None:
         """Give a promised piece to the links."""
         command, cluster = copy.command, self.state.cluster
-        num_bytes = self._bytes(tokens, command.layers[1] - command.layers[0])
+        num_bytes = self._bytes(tokens, command.layers[1] - command.layers[0], command.src)
         copy.sent_bytes += num_bytes
         ports = cluster.ports(command.src, command.dst)
         latency = cluster.pcie.latency_ns if command.src == command.dst else (
@@ -266,7 +267,7 @@ class Moves:
         first = start + duration * (command.layers[0] - stage[0] + 1) // in_all
         last = start + duration * (command.layers[1] - stage[0]) // in_all
         link = cluster.link(command.src, command.dst)
-        not_before = last + link.latency_ns + int(self._bytes(tokens, 1) * 1e9 / link.bandwidth)
+        not_before = last + link.latency_ns + int(self._bytes(tokens, 1, command.src) * 1e9 / link.bandwidth)
         copy.left -= tokens
         copy.pieces += 1
         piece = (copy, tokens, not_before, max(1, command.num_calls // layers))
@@ -316,7 +317,8 @@ class Moves:
             return
         finish, undo = booked
         instance, start = command.instance, state.now
-        num_bytes = self._bytes(command.tokens[1] - command.tokens[0], command.layers[1] - command.layers[0])
+        layers, tokens = command.layers[1] - command.layers[0], command.tokens[1] - command.tokens[0]
+        num_bytes = self._bytes(tokens, layers, instance)
 
         def done(_: int) -> None:
             del self.swaps[command.command_id]

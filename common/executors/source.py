@@ -44,6 +44,8 @@ class WorkloadLike(Protocol):
     def concurrency(self) -> int | None: ...
     @property
     def max_output_tokens(self) -> int: ...
+    @property
+    def model(self) -> Sequence[int] | None: ...  # of the cluster's models; None: there is one
 
 
 class Client:

@@ -15,6 +15,7 @@ from common.sched.lane import EngineConfig, Seq
 from common.sched.migrating import MigratingLane
 from common.sched.moving import Mover
 from common.sched.plan import Candidate, FleetConfig, FleetStats, Planner
+from common.sched.stock import Stock
 from common.types import (
     Abort,
     ClusterInfo,
@@ -37,18 +38,25 @@ from common.types import (
 )
 
 OWN_IDS = 1 << 60  # lanes number their commands from lane << 32
+POOL_IDS = 1 << 40  # of these for each pool
 
 
 class FleetPolicy:
     """See the module docstring."""
 
-    def __init__(self, cluster: ClusterInfo, engine: EngineConfig, config: FleetConfig, planner: Planner) -> None:
-        self.cluster = cluster
+    def __init__(
+        self, cluster: ClusterInfo, engine: EngineConfig, config: FleetConfig, planner: Planner,
+        stock: Stock | None = None,
+    ) -> None:  # fmt: skip
+        self.cluster = cluster  # of one model
+        self.infos = {info.instance: info for info in cluster.instances}
+        self.pool = cluster.instances[0].model
+        self.stock = stock or Stock(cluster.instances)
         self.engine = engine
         self.config = config
         self.planner = planner
         self.lanes: dict[int, MigratingLane] = {}  # by instance, those that are up
-        self.hosts = Hosts(cluster)
+        self.hosts = Hosts(cluster, self.stock)
         self.seqs: dict[int, Seq] = {}
         self.at: dict[int, int] = {}  # request -> instance
         self.unsent: dict[int, None] = {}  # planned, and at no instance
@@ -56,7 +64,7 @@ class FleetPolicy:
         self.stats = FleetStats()
         self.mover = Mover(cluster.instances[0].num_layers, self.at, self._command_id, self._submit)
         self.now_ns = 0
-        self._next_id = OWN_IDS
+        self._next_id = OWN_IDS + self.pool * POOL_IDS
         self._arrived: dict[int, int] = {}
         self._departed: dict[int, None] = {}
         self._oracle: dict[int, int | None] = {}
@@ -92,6 +100,7 @@ class FleetPolicy:
             self._up(event, out)
         elif isinstance(event, InstanceDown):
             self.hosts[event.instance].waits_for_down = False
+            self.stock.give(event.instance)
         elif isinstance(event, InstanceLost):
             self._lost(event.instance, out)
         self.mover.wake(now_ns, out)
@@ -102,7 +111,7 @@ class FleetPolicy:
 
     def gauges(self) -> Iterable[Gauge]:
         """One row per instance that is up."""
-        infos = self.cluster.instances
+        infos = self.infos
         for instance, lane in self.lanes.items():
             yield Gauge(instance, len(lane.running), len(lane.waiting), lane.used_blocks(), lane.num_blocks,
                         param_bytes=infos[instance].num_layers * infos[instance].layer_param_bytes)  # fmt: skip
@@ -150,7 +159,7 @@ class FleetPolicy:
         if event.status is not Status.OK:
             self._orphan(self._dying.pop(event.lane).lost(event), out)
             return
-        lane = self.lanes[event.lane % len(self.hosts)]
+        lane = self.lanes[event.lane % self.stock.num_instances]
         for request_id, _ in event.prefilled:
             self.mover.prefilled(request_id, self.now_ns)
         for seq in lane.step_done(event, out):
@@ -163,12 +172,13 @@ class FleetPolicy:
         host = self.hosts[event.instance]
         if event.status is not Status.OK:
             self.hosts.vacate(event.instance)
+            self.stock.give(event.instance)
             host.state = "down"
             return
         host.state = "up"
         host.idle_since = self.now_ns
-        layers = self.cluster.instances[event.instance].num_layers
-        lane_id = event.instance + host.starts * len(self.hosts)  # an instance that is back has a new lane
+        layers = self.infos[event.instance].num_layers
+        lane_id = event.instance + host.starts * self.stock.num_instances  # an instance that is back has a new lane
         host.starts += 1
         route = (Stage(event.instance, (0, layers)),)
         self.lanes[event.instance] = MigratingLane(lane_id, route, event.kv_cells // layers, self.engine)
@@ -177,6 +187,7 @@ class FleetPolicy:
 
     def _lost(self, instance: int, out: list[Command]) -> None:
         self.hosts.vacate(instance)
+        self.stock.give(instance)
         self.hosts[instance].state = "down"
         lane = self.lanes.pop(instance, None)
         if lane is None:
@@ -229,13 +240,15 @@ class FleetPolicy:
             self._arm(out)
 
     def _host(self, out: list[Command]) -> None:
-        """Every bin gets an instance."""
+        """Every bin gets an instance, as far as there are any."""
         for bin_id, instance in self.hosts.assign(self.planner.bins()):
-            self.planner.hosted(bin_id, self.cluster.instances[instance].node)
+            self.planner.hosted(bin_id, self.infos[instance].node)
             if self.hosts[instance].state == "down":
                 self.hosts[instance].state = "starting"
+                self.stock.take(instance)
                 self.stats.starts += 1
                 out.append(StartInstance(self._command_id(), instance))
+        self.stock.lacks(self.pool, len(self.planner.bins()) - len(self.hosts.of_bin))
 
     def _home(self, request_id: int) -> int | None:
         """The instance where a request should be, if it is up."""
@@ -287,12 +300,13 @@ class FleetPolicy:
     def _shrink(self, out: list[Command]) -> None:
         """Stop instances that have been empty for the cooldown."""
         config, num = self.config, len(self.lanes)
+        cooldown_ns = 0 if self.stock.pressed(self.pool) else config.cooldown_ns
         awaited = {move.dst.instance for move in self.mover.by_request.values()}
         for instance, lane in list(self.lanes.items()):
             host = self.hosts[instance]
             if host.bin is not None or not lane.empty or instance in awaited:
                 host.idle_since = self.now_ns
-            elif self.now_ns - host.idle_since >= config.cooldown_ns and num > config.min_instances:
+            elif self.now_ns - host.idle_since >= cooldown_ns and num > config.min_instances:
                 num -= 1
                 del self.lanes[instance]
                 host.state, host.waits_for_down = "down", True

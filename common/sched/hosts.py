@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from common.sched.stock import Stock
 from common.types import ClusterInfo
 
 RANK = {"up": 0, "starting": 1, "down": 2}
@@ -24,8 +25,9 @@ class Host:
 class Hosts:
     """Which bin is where."""
 
-    def __init__(self, cluster: ClusterInfo) -> None:
-        self.all = [Host("starting" if info.running else "down") for info in cluster.instances]
+    def __init__(self, cluster: ClusterInfo, stock: Stock) -> None:
+        self.all = {info.instance: Host("starting" if info.running else "down") for info in cluster.instances}
+        self.stock = stock
         self.of_bin: dict[int, int] = {}  # bin -> instance
 
     def __getitem__(self, instance: int) -> Host:
@@ -49,7 +51,8 @@ class Hosts:
         wanting = [bin_id for bin_id in bins if bin_id not in self.of_bin]
         if not wanting:
             return []
-        free = [index for index, host in enumerate(self.all) if host.bin is None and not host.waits_for_down]
+        free = [index for index, host in self.all.items()
+                if host.bin is None and not host.waits_for_down and self.stock.free(index)]  # fmt: skip
         free.sort(key=lambda index: (RANK[self.all[index].state], index))
         made = list(zip(wanting, free))
         for bin_id, instance in made:

@@ -18,6 +18,7 @@ from common.sched.fleet import FleetPolicy
 from common.sched.lane import EngineConfig, Seq
 from common.sched.moving import Mode
 from common.sched.plan import Candidate, FleetConfig
+from common.sched.stock import Stock
 from common.types import ClusterInfo
 
 Fit = Literal["best", "worst", "first"]
@@ -210,7 +211,8 @@ KINDS = ("best_fit", "worst_fit", "first_fit", "load_balance", "load_balance_dra
 
 
 def make_consolidating(
-    kind: str, cluster: ClusterInfo, engine: EngineConfig, fleet: FleetConfig, overflow: Overflow
+    kind: str, cluster: ClusterInfo, engine: EngineConfig, fleet: FleetConfig, overflow: Overflow,
+    stock: Stock | None = None,
 ) -> FleetPolicy:
     """One of `KINDS`."""
     if engine.prefix_caching:
@@ -225,4 +227,4 @@ def make_consolidating(
     else:
         fits: dict[str, Fit] = {"best_fit": "best", "worst_fit": "worst", "first_fit": "first"}
         planner = FitPlanner(capacity, size, fits[kind], overflow)
-    return FleetPolicy(cluster, engine, fleet, planner)
+    return FleetPolicy(cluster, engine, fleet, planner, stock)

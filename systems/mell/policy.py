@@ -11,6 +11,7 @@ from common.sched.fleet import FleetPolicy
 from common.sched.lane import EngineConfig, Seq
 from common.sched.moving import Mode
 from common.sched.plan import Candidate, FleetConfig
+from common.sched.stock import Stock
 from common.types import ClusterInfo
 from systems.mell.batch import Batch
 from systems.mell.bins import Weights
@@ -104,11 +105,13 @@ def boundaries_of(cluster: ClusterInfo, config: MellConfig, epoch_ns: int, block
                       info.num_layers * info.cell_bytes // block_size, link, prefill)  # fmt: skip
 
 
-def make_mell(cluster: ClusterInfo, engine: EngineConfig, config: MellConfig, fleet: FleetConfig) -> FleetPolicy:
-    """The policy for a homogeneous cluster."""
+def make_mell(
+    cluster: ClusterInfo, engine: EngineConfig, config: MellConfig, fleet: FleetConfig, stock: Stock | None = None
+) -> FleetPolicy:
+    """The policy for one model on homogeneous GPUs: of a cluster, or of a pool."""
     if engine.prefix_caching:
         raise ConfigError("system=mell needs engine.prefix_caching=false: shared blocks are not additive")
     info = cluster.instances[0]
     capacity = int(info.kv_cells // info.num_layers * (1.0 - fleet.watermark))
     boundaries = boundaries_of(cluster, config, fleet.epoch_ns, engine.block_size)
-    return FleetPolicy(cluster, engine, fleet, MellPlanner(max(1, capacity), config, boundaries))
+    return FleetPolicy(cluster, engine, fleet, MellPlanner(max(1, capacity), config, boundaries), stock)

@@ -9,6 +9,7 @@ from itertools import cycle
 import pytest
 import torch
 
+from bench.mell.restless import Restless
 from common.driver import drive
 from common.record import RequestColumns, RunRecord
 from common.types import RequestStatus
@@ -17,49 +18,6 @@ from tests.laws.strategies import NIGHTLY
 from tests.mell.fleets import policy, workload
 
 SCHEDULES = 200 if NIGHTLY else 40
-
-
-class Restless:
-    """A planner that asks every decoding request (or each one only once) to be on the next instance, every epoch."""
-
-    def __init__(self, inner, instances, mode, once):
-        self.inner = inner
-        self.instances = instances
-        self.mode = mode
-        self.once = once
-        self.goal = {}
-        self.moved = set()
-
-    def epoch(self, departed, grown, arrived):
-        for request_id in departed:
-            del self.goal[request_id]
-        for request_id in arrived:
-            self.goal[request_id] = request_id % self.instances
-        changed = []
-        for request_id in self.goal:
-            if request_id not in arrived and not (self.once and request_id in self.moved):
-                self.goal[request_id] = (self.goal[request_id] + 1) % self.instances
-                self.moved.add(request_id)
-                changed.append(request_id)
-        return changed
-
-    def bin_of(self, request_id):
-        return self.goal[request_id]
-
-    def bins(self):
-        return range(self.instances)
-
-    def charge(self, seq, blocks, oracle_tokens):
-        return blocks
-
-    def modes(self, moves, busy):
-        return {} if self.mode is None else {move.request_id: next(self.mode) for move in moves}
-
-    def hosted(self, bin_id, node):
-        pass
-
-    def detour(self, request_id, bin_id):
-        return True
 
 
 MODES = {"never": None, "kv": ("kv",), "tokens": ("tokens",), "both": ("kv", "tokens")}
@@ -76,7 +34,7 @@ def play(seed, mode, once, output=60):
     model = cluster(instances, rng.choice((16, 40)), 4, running=instances)
     load = workload(rng, rng.randint(2, 4), 500, rng.choice((20, 90)), output)
     made = policy("mell", model.info(), epoch_us=rng.choice((700, 2_000)), max_leap=rng.choice((None, 3)))
-    made.planner = Restless(made.planner, instances, mode and cycle(mode), once)
+    made.planner = Restless(instances, mode and cycle(mode), once)
     engine = tiny_world(model)
     record = RunRecord(RequestColumns.empty(len(load.prompt_tokens)))
     executor = LocalExecutor(model, load, record, world=engine)

@@ -8,6 +8,7 @@ import yaml
 from common.errors import ConfigError
 from workloads import build, from_mapping
 from workloads.config import KINDS, defaults
+from workloads.several import by_cluster
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "workload"
 FILES = sorted(CONF.glob("*.yaml"))
@@ -86,3 +87,44 @@ def test_length_laws_name_the_key(law: dict[str, object], message: str) -> None:
     lengths = {"prompt": law, "output": {"kind": "fixed", "tokens": 3}}
     with pytest.raises(ConfigError, match=message):
         build(from_mapping({"kind": "poisson", "lengths": lengths}), 0)
+
+
+def test_several_models_each_have_the_requests_that_they_would_have_alone() -> None:
+    base = {"kind": "poisson", "num_requests": 40, "lengths": "fixed", "output_tokens": 9}
+    both = build(from_mapping(base | {"per_model": {"a": {}, "b": {"rate": 8.0, "num_requests": 30}}}), 3)
+    alone = build(from_mapping(base | {"per_model": {"a": {}, "b": {"kind": "poisson", "num_requests": 5}}}), 3)
+    assert both.models == ("a", "b") and both.model is not None and alone.model is not None
+    assert (both.arrival_ns[:-1] <= both.arrival_ns[1:]).all() and both.num_requests == 70
+    assert both.arrival_ns[both.model == 0].tolist() == alone.arrival_ns[alone.model == 0].tolist()
+    assert both.arrival_ns[both.model == 1].tolist() != both.arrival_ns[both.model == 0][:30].tolist()
+    turned = by_cluster(both, ("b", "a"))
+    assert turned.model is not None and (turned.model == 1 - both.model).all()
+
+
+@pytest.mark.parametrize(
+    ("per_model", "message"),
+    [
+        ({"a": {}}, r"workload.per_model={'a': {}}: give two or more models"),
+        ({"a": {}, "b": 3}, r"workload.per_model.b=3: give keys of the workload"),
+        ({"a": {}, "b": {"rte": 1.0}}, r"workload.rte is not a key of 'poisson'; did you mean 'rate'"),
+        ({"a": {}, "b": {"kind": "sessions"}}, r"workload.per_model.b: requests of several models arrive by the clock"),
+    ],
+)
+def test_what_several_models_cannot_ask_for(per_model: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(from_mapping({"kind": "poisson", "num_requests": 5, "per_model": per_model}), 0)
+
+
+@pytest.mark.parametrize(
+    ("names", "models", "message"),
+    [
+        (("a", "b"), (), r"cluster.models=\['a', 'b'\]: say who asks for which: workload.per_model={a: {}, …}"),
+        ((), ("a", "b"), r"asks for a, which is none of cluster.models=\[\]"),
+        (("a", "c"), ("a", "b"), r"asks for b, which is none of cluster.models=\['a', 'c'\]"),
+    ],
+)
+def test_models_of_workload_and_cluster_must_match(names: tuple[str, ...], models: tuple[str, ...],
+                                                   message: str) -> None:  # fmt: skip
+    mapping = {"kind": "poisson", "num_requests": 5} | ({"per_model": {name: {} for name in models}} if models else {})
+    with pytest.raises(ConfigError, match=message):
+        by_cluster(build(from_mapping(mapping), 0), names)

@@ -1,0 +1,116 @@
+"""python -m bench.mell.variants     everything beside the main comparison, three seeds; results/mell/variants.json.
+
+Simulated. As `bench.mell.gpus`: what is in the file is not run again; `--only` takes a part of the keys, such as
+`hybrid/`. `python -m bench.mell.studies` makes tables and figures. Seeds of the Azure trace are windows of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.mell.gpus import RATES, Case, simulate
+
+SEEDS = range(3)
+FOUR = ("mell", "load_balance", "worst_fit", "best_fit")
+FITS = ("best_fit", "worst_fit", "load_balance", "first_fit", "load_balance_drain", "ffd_repack")
+NATIVE_RATES = {"infrequent": 13.6, "middle": 21.8, "frequent": 30.0}  # in the proportions of the paper's
+LINKS = (1.25e8, 1.25e9, 2e10)  # bytes/s
+LENGTHS = {1: 30.0, 20: 0.36}  # scale -> rate; x10 is the main comparison
+MARKS = (0.0, 0.05, 0.2)
+AZURE_STARTS = (0, 1000, 2000)  # s of the trace
+
+
+def cases() -> Iterator[Case]:
+    """All runs, most wanted first; the study is the first part of the key."""
+    for seed in SEEDS:
+        yield from _watermark(seed)
+        yield from _hybrid(seed)
+        yield from _overflow(seed)
+        if seed == 0:
+            for system in FOUR:
+                yield Case("timeline", "frequent", system, "", seed, ())
+        yield from _azure(seed)
+        yield from _lengths(seed)
+        yield from _switches(seed)
+    for seed in SEEDS:
+        for model in ("13b", "7b"):
+            for load, rate in NATIVE_RATES.items():
+                for system in FOUR:
+                    yield Case(f"{model}_native", load, system, "", seed, (f"workload.rate={rate}",))
+
+
+def _watermark(seed: int) -> Iterator[Case]:
+    for mark in MARKS:
+        for system in FOUR:
+            yield Case("watermark", f"{mark:g}", system, "", seed, (f"system.watermark={mark}",))
+
+
+def _hybrid(seed: int) -> Iterator[Case]:
+    for experiment in ("hybrid", "hybrid_busy"):
+        for link in LINKS:
+            for migration in ("hybrid", "kv", "tokens"):
+                yield Case(experiment, f"{link:g}", "mell", f"migration={migration}", seed,
+                           (f"hardware.nic_bandwidth={link}", f"system.migration={migration}"))  # fmt: skip
+
+
+def _overflow(seed: int) -> Iterator[Case]:
+    """What the baselines do when KV outgrows a GPU; `preempt` and the first two oracles are in the main comparison."""
+    for system in FITS:
+        yield Case("overflow", "frequent", system, "reserve_max", seed, ("system.overflow=reserve_max",))
+    for system in FITS[2:]:
+        yield Case("overflow", "frequent", system, "preempt", seed, ())
+        yield Case("overflow", "frequent", f"oracle_{system}", "oracle", seed, ())
+
+
+def _azure(seed: int) -> Iterator[Case]:
+    start = AZURE_STARTS[seed]
+    for model in ("13b", "7b"):
+        for name, seconds in (("azure", 300), ("azure_x10", 60)):
+            for system in FOUR:
+                window = f"workload.window_s=[{start},{start + seconds}]"
+                yield Case(f"{model}_{name}", name, system, "", seed, (window,))
+
+
+def _lengths(seed: int) -> Iterator[Case]:
+    for scale, rate in LENGTHS.items():
+        for system in FOUR:
+            yield Case("lengths", f"x{scale}", system, "", seed,
+                       (f"workload.length_scale={scale}", f"workload.rate={rate}"))  # fmt: skip
+
+
+def _switches(seed: int) -> Iterator[Case]:
+    """Of MELL."""
+    for option in ("migration=off", "rules=paper", "weight_free=0", "weight_requests=0", "weight_node=0"):
+        yield Case("13b_x10", "frequent", "mell", option, seed, ("workload.rate=1.1", f"system.{option}"))
+    for load, rate in RATES.items():
+        for on in ("true", "false"):
+            yield Case("batching", load, "mell", f"batching={on}", seed,
+                       (f"workload.rate={rate}", f"system.batching={on}"))  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="results/mell/variants.json")
+    parser.add_argument("--only", default="", help="a part of the keys")
+    options = parser.parse_args()
+    path = Path(options.out)
+    rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for case in cases():
+        if case.key in rows or options.only not in case.key:
+            continue
+        row = rows[case.key] = simulate(case)
+        if case.experiment != "timeline":
+            del row["timeline"]
+        print(f"{case.key}: plan {row['plan_mean']:.1f}/{row['plan_peak']}, L2 {row['l2_mean']:.1f}, used "
+              f"{row['utilisation']:.2f}, {row['cpu_s']:.0f} s", flush=True)  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
