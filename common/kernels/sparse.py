@@ -24,10 +24,17 @@ CHUNK = 1024
 
 
 class Bags(NamedTuple):
-    """The shape of an index, for so many query heads."""
+    """The shape of an index, for so many query heads. Keys lie token by token, as in memory; values head by head."""
 
-    starts: torch.Tensor  # [R' * H * chunks] where each chunk of a query head begins
-    owner: torch.Tensor  # [R' * H * S] query head of each key
+    owner: torch.Tensor  # [R' * S * H] query head of each key
+    starts: torch.Tensor  # [R' * H * chunks] where each chunk of a query head's values begins
+
+
+class Index(NamedTuple):
+    """Table rows of what each query head reads, of one layer."""
+
+    keys: torch.Tensor  # [R' * S * H]
+    values: torch.Tensor  # [R' * H * S], to be read B * G rows further on
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class SparseBucket:
     """Which are padding; None if none is."""
     chunks: int
     _bags: dict[int, Bags] = field(default_factory=dict)
-    _index: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+    _index: dict[tuple[int, int, int], Index] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Rows, sight: Sight, members: Longs, block_size: int) -> SparseBucket:
@@ -67,18 +74,19 @@ class SparseBucket:
         """For this many query heads; the same for all layers."""
         if heads not in self._bags:
             _, num_rows, keys = self.keys_LRS.shape
-            queries = num_rows * heads
-            starts = torch.arange(0, queries * keys, keys // self.chunks)
-            self._bags[heads] = Bags(starts, torch.arange(queries).repeat_interleave(keys))
+            queries = torch.arange(num_rows * heads)
+            owner = queries.view(num_rows, 1, heads).expand(num_rows, keys, heads).reshape(-1)
+            self._bags[heads] = Bags(owner, torch.arange(0, len(owner), keys // self.chunks))
         return self._bags[heads]
 
-    def index(self, layer: int, heads: int, kv_heads: int) -> torch.Tensor:
-        """[R' * H * S] table rows of each query head's keys. Kept until another layer's is asked for."""
+    def index(self, layer: int, heads: int, kv_heads: int) -> Index:
+        """Where everything is. Kept until another layer's is asked for."""
         key = (layer, heads, kv_heads)
         if key not in self._index:
             self._index.clear()
             group = torch.arange(heads) // (heads // kv_heads)
-            self._index[key] = (self.keys_LRS[layer][:, None] * kv_heads + group[:, None]).view(-1)
+            rows_RSH = self.keys_LRS[layer][..., None] * kv_heads + group
+            self._index[key] = Index(rows_RSH.view(-1), rows_RSH.transpose(1, 2).reshape(-1))
         return self._index[key]
 
 
@@ -95,17 +103,17 @@ def attend(
     _, _, block, kv_heads, size = kv_C2BGD.shape
     num_rows, heads = len(bucket.q_R), q_THD.shape[1]
     banded = len(bucket.keys_LRS) > 1
-    keys = kv_C2BGD.view(-1, size)[0 if banded else layer * 2 * block * kv_heads :]
-    starts, owner = bucket.bags(heads)
+    table = kv_C2BGD.view(-1, size)[0 if banded else layer * 2 * block * kv_heads :]
+    owner, starts = bucket.bags(heads)
     index = bucket.index(layer if banded else 0, heads, kv_heads)
     q = (q_THD.index_select(0, bucket.q_R) * scale).view(-1, size)
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(q, keys, index, starts, owner, 0)
-    logits = dots.view(num_rows, heads, -1)
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(q, table, index.keys, starts, owner, 0)
+    logits = dots.view(num_rows, -1, heads).transpose(1, 2).contiguous()
     if bucket.hidden_R1S is not None:
         logits.masked_fill_(bucket.hidden_R1S, float("-inf"))
     p = torch.softmax(logits, dim=-1)
     lse = logits.amax(dim=-1).sub_(p.amax(dim=-1).log_())
-    o = torch.embedding_bag(keys[block * kv_heads :], index, starts, False, 0, False, p.view(-1))[0]
+    o = torch.embedding_bag(table[block * kv_heads :], index.values, starts, False, 0, False, p.view(-1))[0]
     if bucket.chunks > 1:
         o = o.view(-1, bucket.chunks, size).sum(dim=1)
     return o.view(num_rows, heads, size), lse
