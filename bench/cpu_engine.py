@@ -117,8 +117,7 @@ def breakdown(ours: Ours) -> list[dict[str, Any]]:
         (runner.decoder, "layer", "layers: linear and SiLU"),
         (runner.decoder, "norm", "norms"),
         (common.engine.model, "rotate", "rotary embedding"),
-        (runner.decoder, "logits", "LM head"),
-        (common.engine.runner, "greedy", "sampling (greedy)"),
+        (runner.decoder, "likeliest", "LM head, likeliest token"),
     )
     for owner, attribute, name in watched:
         watch.watch(owner, attribute, name)

@@ -26,6 +26,7 @@ from bench.peers import Load, Ours, folder_of
 from common.engine.rss import current_rss, peak_rss
 from common.engine.spec import DecoderSpec
 from common.engine.weights import MemorySource
+from common.kernels.reference import BUCKET_BLOCKS
 from common.types import Tier
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "engine"
@@ -39,6 +40,7 @@ TOY = DecoderSpec(
     name="toy", family="llama", num_layers=2, hidden_size=64, intermediate_size=128, num_heads=2, num_kv_heads=2,
     head_dim=32, vocab_size=512, tied=True, max_position=256,
 )  # fmt: skip
+BLOCK = 16  # tokens
 CASES = ("random weights, copy on the host", "folder of weights, mapped")
 
 
@@ -66,12 +68,13 @@ def overrides(spec: DecoderSpec) -> list[str]:
 
 
 def activation_bytes(spec: DecoderSpec, tokens: int, rows: int) -> int:
-    """Of one layer of the largest iteration, or of its logits: what is alive at once, in fp32."""
-    width = spec.hidden_size
-    attention = tokens * (2 * spec.qkv_size + 2 * spec.q_size + 2 * width)  # qkv, rotated, o, hidden, normed
-    mlp = tokens * width + min(tokens, 512) * (width + 3 * spec.intermediate_size)
+    """Buffers that are kept from layer to layer, and what else is alive at once of the largest iteration, in fp32."""
+    width, kv = spec.hidden_size, spec.kv_size
+    gathered = min(BUCKET_BLOCKS * BLOCK, tokens) * 2 * kv
+    kept = tokens * (spec.qkv_size + spec.q_size + kv) + min(tokens, 512) * 3 * spec.intermediate_size + gathered
+    attention = tokens * (2 * spec.q_size + 2 * width)  # queries, o, hidden, normed
     logits = rows * (spec.vocab_size + 2 * width) + tokens * width
-    return 4 * max(attention, mlp, logits)
+    return 4 * (kept + max(attention, logits))
 
 
 def parts_of(executor: Any, load: Load, touched: int) -> dict[str, int]:

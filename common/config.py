@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cost.engine import EngineTraits, engine_traits
-from common.cost.profiles import with_profile
+from common.cost.profiles import grid_beside, with_profile
 from common.cost.specs import HardwareSpec, ModelSpec, from_hf_config, load_hardware, load_model
 from common.errors import ConfigError
 from common.metrics import Slo
@@ -130,6 +130,9 @@ def from_composed(composed: Any) -> RunConfig:
     own = OmegaConf.masked_copy(composed, [key for key in composed if key not in ("hydra", "description")])
     tree = OmegaConf.to_container(own, resolve=True)
     assert isinstance(tree, dict)
+    hardware = tree["hardware"]
+    if "grid" in hardware:
+        hardware["grid"] = grid_beside(str(choices["hardware"]), hardware["grid"], composed.hydra.searchpath)
     return build(tree, {group: choices.get(group) for group in GROUPS})  # type: ignore[arg-type]
 
 

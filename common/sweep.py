@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.config import CONF, RunConfig, compose, from_composed
+from common.cost.profiles import with_profile
 from common.errors import ConfigError, KVPlaneError
 
 ALL = ("vllm", "kunserve", "infinite_llm", "memserve", "mell")  # what system=all means
@@ -72,8 +73,9 @@ class Plan:
 
 
 def expanded(arguments: Sequence[str]) -> list[str]:
-    """Arguments with `system=all` spelled out."""
-    return [f"system={','.join(ALL)}" if argument == "system=all" else argument for argument in arguments]
+    """Arguments with `system=all` spelled out, and measured hardware where Hydra finds it."""
+    spelled = [f"system={','.join(ALL)}" if argument == "system=all" else argument for argument in arguments]
+    return with_profile(spelled)
 
 
 def plan(arguments: Sequence[str]) -> Plan:
@@ -153,7 +155,8 @@ class _Runner:
             composed.run.name = self._folder(composed.run.name, hydra_config, job)
         tree = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
         with open_dict(tree):
-            tree.hydra = {"runtime": {"choices": dict(hydra_config.runtime.choices)}}
+            tree.hydra = {"runtime": {"choices": dict(hydra_config.runtime.choices)},
+                          "searchpath": list(hydra_config.searchpath)}  # fmt: skip
         return from_composed(tree)
 
     def _folder(self, name: str | None, hydra_config: Any, job: Job) -> str:

@@ -26,13 +26,23 @@ def find_profile(value: str) -> Path | None:
 
 
 def with_profile(overrides: Sequence[str]) -> list[str]:
-    """Overrides with `hardware=<profile>` replaced by what makes Hydra find it, and the cost model its grid."""
+    """Overrides with the names of the profiles in `hardware=` (one, or several of a sweep), and their folders."""
+    if any(override.startswith("hydra.searchpath=") for override in overrides):
+        return list(overrides)  # done before
     out: list[str] = []
+    folders: list[str] = []
     for override in overrides:
-        path = find_profile(override.removeprefix("hardware=")) if override.startswith("hardware=") else None
-        if path is None:
-            out.append(override)
-            continue
-        out += [f"hydra.searchpath=[file://{path.parent.parent}]", f"hardware={path.stem}",
-                f"hardware.grid={path.with_suffix('.npz')}"]  # fmt: skip
-    return out
+        key, _, text = override.partition("=")
+        values = text.split(",") if key == "hardware" else []
+        paths = [find_profile(value.strip()) for value in values]
+        if any(paths):
+            override = "hardware=" + ",".join(path.stem if path else value for path, value in zip(paths, values))
+            folders += [f"file://{path.parent.parent}" for path in paths if path]
+        out.append(override)
+    return out + ([f"hydra.searchpath=[{','.join(dict.fromkeys(folders))}]"] if folders else [])
+
+
+def grid_beside(name: str, grid: str, folders: Sequence[str]) -> str:
+    """The grid of a measured profile, which lies beside its hardware file in one of Hydra's folders; else as it was."""
+    found = (Path(folder.removeprefix("file://")) / "hardware" / f"{name}.npz" for folder in folders)
+    return next((str(path) for path in found if grid == name and path.is_file()), grid)

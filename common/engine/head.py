@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from common.engine.sampler import greedy
+
 _PANEL = 640  # columns; a panel of a small model fits a core's cache, and its rows do not span the whole vocabulary
 
 
@@ -28,3 +30,20 @@ class Head:
         for panel, columns in zip(self._panels, torch.split(out, _PANEL, dim=1)):
             torch.mm(x, panel, out=columns)
         return out
+
+    def likeliest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits, and the greatest one's token in each row, int64 [n] (as `greedy`: the lowest id of equals).
+
+        With panels, each one's maximum is taken while it is in cache; then only the best panel is looked through."""
+        if len(self._panels) == 1:
+            logits = self(x)
+            return logits, greedy(logits)
+        num = x.shape[0]
+        logits, maxima = x.new_empty(num, self.vocab_size), x.new_empty(len(self._panels), num)
+        for panel, columns, best in zip(self._panels, torch.split(logits, _PANEL, dim=1), maxima):
+            torch.mm(x, panel, out=columns)
+            torch.amax(columns, 1, out=best)
+        # the last panel may be narrower: what is before it in its window is less than its maximum
+        first = (maxima.argmax(0) * _PANEL).clamp_(max=self.vocab_size - _PANEL)
+        windows = logits.unfold(1, _PANEL, 1)[torch.arange(num), first]
+        return logits, first + windows.argmax(1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from common.engine.head import Head
 from common.engine.layout import LayerWeights
 from common.engine.rope import RopeTable, Rotation, rotate
+from common.engine.scratch import Scratch
 from common.engine.spec import DecoderSpec, check_device
 
 # q_THD, k_TGD, v_TGD -> o_THD. Writes K and V where they belong and attends. Its inputs may be strided views (the last
@@ -19,7 +20,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Decoder:
-    """One dense decoder on one device. All calls are pure but for `layer`, which updates `x` in place."""
+    """One dense decoder on one device. All calls are pure but for `layer` and `mlp`, which update `x` in place."""
 
     def __init__(self, spec: DecoderSpec, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
         self.spec = spec
@@ -27,6 +28,7 @@ class Decoder:
         self.dtype = dtype or spec.dtype
         check_device(self.device, self.dtype)
         self.rope = RopeTable(spec, self.device, self.dtype)
+        self._scratch = Scratch(self.device, self.dtype)
         self._eps = torch.tensor(spec.rms_eps, dtype=torch.float32, device=self.device)
 
     def embed(self, ids_T: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -53,33 +55,42 @@ class Decoder:
     def project(
         self, weights: LayerWeights, x: torch.Tensor, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated queries [T, H, D] and keys [T, G, D], and values [T, G, D] of a layer's input."""
+        """Rotated queries [T, H, D], keys and values [T, G, D] of a layer's input, valid until the next call."""
         spec, tokens = self.spec, x.shape[0]
         hidden = self.norm(x, weights.input_norm)
+        qkv = self._scratch.room("qkv", tokens, spec.qkv_size)
         if weights.qkv_bias is None:
-            qkv = torch.mm(hidden, weights.qkv)
+            torch.mm(hidden, weights.qkv, out=qkv)
         else:
-            qkv = torch.addmm(weights.qkv_bias, hidden, weights.qkv)
+            torch.addmm(weights.qkv_bias, hidden, weights.qkv, out=qkv)
         heads = qkv.view(tokens, -1, spec.head_dim)
         kv_start, v_start = spec.num_heads, spec.num_heads + spec.num_kv_heads
         if weights.q_norm is not None and weights.k_norm is not None:
             q = rotate(self.norm(heads[:, :kv_start], weights.q_norm), rotation)
             k = rotate(self.norm(heads[:, kv_start:v_start], weights.k_norm), rotation)
             return q, k, heads[:, v_start:]
-        qk = rotate(heads[:, :v_start], rotation)
+        qk = rotate(heads[:, :v_start], rotation, self._scratch.room("qk", tokens, v_start, spec.head_dim))
         return qk[:, :kv_start], qk[:, kv_start:], heads[:, v_start:]
 
     def mlp(self, weights: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         """Adds the gated MLP of `x` [T, hidden] to it, in place."""
         inner = self.spec.intermediate_size
         for rows in torch.split(x, _MLP_ROWS) if self.device.type == "cpu" else (x,):
-            gate_up = torch.mm(self.norm(rows, weights.post_norm), weights.gate_up)
-            rows.addmm_(F.silu(gate_up[:, :inner]).mul_(gate_up[:, inner:]), weights.down)
+            gate_up = self._scratch.room("gate_up", len(rows), 2 * inner)
+            torch.mm(self.norm(rows, weights.post_norm), weights.gate_up, out=gate_up)
+            active = torch.ops.aten.silu.out(gate_up[:, :inner], out=self._scratch.room("active", len(rows), inner))
+            rows.addmm_(active.mul_(gate_up[:, inner:]), weights.down)
         return x
 
     def logits(self, x_rows: torch.Tensor, norm: torch.Tensor, head: Head) -> torch.Tensor:
         """Logits [n, vocab] of the hidden states [n, hidden] of those tokens that need them."""
         return head(self.norm(x_rows, norm))
+
+    def likeliest(
+        self, x_rows: torch.Tensor, norm: torch.Tensor, head: Head
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same logits, and the most likely token of each row, int64 [n]."""
+        return head.likeliest(self.norm(x_rows, norm))
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x / rms(x) * weight over the last dimension, in a new tensor; the mean square is fp32."""

@@ -55,11 +55,12 @@ class RopeTable:
         return Rotation(self.cos[positions_T].unsqueeze(1), self.sin[positions_T].unsqueeze(1))
 
 
-def rotate(x_THD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Rotated heads in a new contiguous tensor; `x_THD` may be a strided view of the fused projection."""
+def rotate(x_THD: torch.Tensor, rotation: Rotation, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Rotated heads in `out`, or a new contiguous tensor; `x_THD` may be a strided view of the fused projection."""
     half = x_THD.shape[-1] // 2
     low, high = x_THD[..., :half], x_THD[..., half:]
-    out = torch.empty(x_THD.shape, dtype=x_THD.dtype, device=x_THD.device)
+    if out is None:
+        out = torch.empty(x_THD.shape, dtype=x_THD.dtype, device=x_THD.device)
     torch.mul(low, rotation.cos, out=out[..., :half]).addcmul_(high, rotation.sin, value=-1)
     torch.mul(high, rotation.cos, out=out[..., half:]).addcmul_(low, rotation.sin)
     return out

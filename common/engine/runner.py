@@ -20,7 +20,7 @@ from common.engine.graphs import make_graphs
 from common.engine.head import Head
 from common.engine.instance import EngineInstance
 from common.engine.model import Attend, Decoder
-from common.engine.sampler import Draw, SamplingParams, greedy, sample
+from common.engine.sampler import Draw, SamplingParams, sample
 from common.engine.weights import ParameterSource
 from common.engine.work import Batch, PlacePlan, plan_band, to_device
 from common.errors import ContractError
@@ -241,10 +241,10 @@ class Runner:
         assert item.hidden is not None
         if not works:
             return
-        logits = self.decoder.logits(item.hidden, self.norm, self.head)
         if self.sampling.temperature == 0.0:
-            tokens = greedy(logits)
+            logits, tokens = self.decoder.likeliest(item.hidden, self.norm, self.head)
         else:
+            logits = self.decoder.logits(item.hidden, self.norm, self.head)
             draws = [Draw(self.sampling, work.request_id, work.first + work.num) for work in works]
             tokens = sample(logits, draws)
         self._sampled(item, logits, tokens)

@@ -34,6 +34,7 @@ class DenseRun:
         return self.decoder.logits(x, self.norm, self.head)
 
     def _attend(self, index, q_THD, k_TGD, v_TGD):
+        k_TGD, v_TGD = k_TGD.clone(), v_TGD.clone()  # what is given lasts until the layer ends
         if self.keys[index] is not None:
             k_TGD = torch.cat((self.keys[index], k_TGD))
             v_TGD = torch.cat((self.values[index], v_TGD))

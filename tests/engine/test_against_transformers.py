@@ -49,6 +49,17 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(name, tmp_path):
     assert len(set(ours)) > 3  # a model that repeats itself would prove little
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("ratio", [1, 4, 8])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_logits_at_every_ratio_of_heads_and_head_size(family, ratio, head_dim, tmp_path):
+    from tests.engine import hf
+
+    model = hf.build(family, heads=8, kv_heads=8 // ratio, head_dim=head_dim, seed=ratio)
+    model.save_pretrained(tmp_path)
+    assert worst(DenseRun(FolderSource(tmp_path)).extend(IDS), hf.logits(model, IDS)) <= 1e-5
+
+
 def test_a_long_prompt_in_one_piece_equals_transformers(tmp_path):
     """More rows than the MLP takes at once, weights whose rows are padded, a vocabulary of several panels."""
     from tests.engine import hf

@@ -17,6 +17,7 @@ from common.cost.profile import fit_profile, nonnegative
 from common.cost.profiles import with_profile
 from common.cost.specs import load_hardware
 from common.errors import ConfigError
+from common.sweep import plan, run_sweep
 
 torch.set_num_threads(1)
 
@@ -41,6 +42,23 @@ def test_the_simulator_takes_it_by_path_and_by_name(profile, monkeypatch):
     cost = InstanceCost(by_name.model, by_name.hardware, engine=traits)
     assert cost.decode_ns(8, 64) > cost.decode_ns(1, 64) > traits.host_ns
     assert cost.iteration_ns([(32, 0)], 1, 64, 2) > cost.min_iteration_ns([(32, 0)], 1, 64, 2) > 0
+
+
+@pytest.mark.parametrize("by_path", [True, False])
+def test_a_sweep_takes_it_beside_a_card(profile, monkeypatch, tmp_path, by_path):
+    monkeypatch.setenv("KVPLANE_PROFILES", "" if by_path else str(profile.parent.parent))
+    seen = []
+
+    def execute(config, _):
+        seen.append(config.hardware)
+        raise ConfigError("no run")
+
+    own = profile if by_path else "here"
+    options = ["model=tiny_llama", "model.dtype_bytes=4", f"run.results={tmp_path}"]
+    jobs = run_sweep(plan(["-m", f"hardware={own},cpu", *options]), execute, lambda _: None)
+    assert len(jobs) == 2 and all(job.error == "no run" for job in jobs)
+    assert seen == [compose([f"hardware={name}", *options]).hardware for name in (own, "cpu")]
+    assert seen[0].grid == str(profile.with_suffix(".npz")) and seen[1].grid != seen[0].grid
 
 
 def test_what_was_measured_is_what_is_said(profile):

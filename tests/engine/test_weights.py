@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from common.engine.folder import FolderSource
 from common.engine.head import Head
 from common.engine.layout import ALIGN, LayerLayout
+from common.engine.scratch import Scratch
 from common.engine.spec import DecoderSpec
 from common.engine.weights import MemorySource, RandomSource
 from common.errors import ConfigError
@@ -59,6 +60,33 @@ def test_a_head_in_panels_is_the_whole_head(vocab):
     generator = torch.Generator().manual_seed(0)
     table, x = torch.randn(vocab, 48, generator=generator), torch.randn(5, 48, generator=generator)
     assert torch.allclose(Head(table)(x), x @ table.t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [100, 640, 641, 1500, 1920])
+def test_the_likeliest_token_is_the_first_of_the_greatest_logits(vocab):
+    generator = torch.Generator().manual_seed(1)
+    table, x = torch.randint(-1, 2, (vocab, 4), generator=generator).float(), torch.eye(4).repeat(9, 1)
+    x[:9] = torch.randn(9, 4, generator=generator)  # ties in the other rows
+    logits, tokens = Head(table)(x), torch.tensor([row.tolist().index(row.max()) for row in Head(table)(x)])
+    found = Head(table).likeliest(x)
+    assert torch.equal(found[0], logits) and torch.equal(found[1], tokens)
+    for at in (0, vocab // 2, vocab - 1):
+        table[at] = 9.0
+        assert Head(table).likeliest(torch.ones(3, 4))[1].tolist() == [at] * 3
+        table[at] = -9.0
+    x[1, 0] = float("nan")
+    assert Head(table).likeliest(x)[0][1].isnan().any()
+
+
+def test_scratch_is_kept_and_grows():
+    scratch = Scratch(torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        first = scratch.room("a", 3, 4)
+    first.fill_(1)
+    assert scratch.room("a", 2, 2).data_ptr() == first.data_ptr() != scratch.room("b", 3, 4).data_ptr()
+    grown = scratch.room("a", 5, 7)
+    assert grown.shape == (5, 7) and grown.is_contiguous()
+    assert scratch.room("a", 3, 4).data_ptr() == grown.data_ptr()
 
 
 @pytest.mark.parametrize("spec", [PLAIN, FULL], ids=lambda spec: spec.name)

@@ -16,14 +16,14 @@ class Witness:
         self.seen = Counter()
         self.logits = {}  # (request, position of the sampled token) -> row
         self._rows = None
-        self._run, self._logits = world.runner.run_stage, world.runner.decoder.logits
+        self._run, self._likeliest = world.runner.run_stage, world.runner.decoder.likeliest
         self._layers = world.spec.num_layers
         world.runner.run_stage = self.run_stage
-        world.runner.decoder.logits = self.keep
+        world.runner.decoder.likeliest = self.keep
 
     def keep(self, *args):
-        self._rows = self._logits(*args)
-        return self._rows
+        self._rows, tokens = self._likeliest(*args)
+        return self._rows, tokens
 
     def run_stage(self, item, home, layers):
         times = self._run(item, home, layers)

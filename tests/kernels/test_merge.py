@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ContractError
+from common.kernels import oracle
 from common.kernels.merge import _merge_any, _merge_distinct, merge, merge_into
 from common.kernels.plan import Rows
 from common.kernels.reference import TorchBackend
 from tests.kernels.case import make_rows, make_tensors
+from tests.kernels.test_reference import plain_attention
 
 INF = float("inf")
 
@@ -90,6 +92,20 @@ def test_a_quarter_million_keys_in_uneven_shards():
         merge_into(total_o, total_lse, torch.tensor([0]), o[i : i + 1], lse[i : i + 1])
     torch.testing.assert_close(total_o.double(), whole_o, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(total_lse.double(), whole_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spread", [1.0, 60.0])
+def test_shards_in_half_precision_err_at_most_twice_as_much_as_plain_torch(spread):
+    rng, block, total = np.random.default_rng(5), 16, 4096
+    rows, cells = make_rows(rng, [(1, total - 1, 0, total)] * 4, block)
+    q, kv = make_tensors(rng, rows, cells, block, 4, 2, 64, dtype=torch.float16, spread=spread)
+    true_o, _ = oracle.attend(rows, q, kv, 0, 0.125)
+    cuts = [0, *sorted(rng.choice(np.arange(1, total // block), 9, replace=False).tolist()), total // block]
+    o, lse = TorchBackend(block).run(TorchBackend(block).plan(cut_rows(rows, block, cuts), "cpu"), q, kv, 0, 0.125)
+    ours, _ = merge([(o[i : i + 4], lse[i : i + 4]) for i in range(0, len(o), 4)])
+    plain = torch.cat([plain_attention(rows, row, q, kv, 0.125) for row in range(4)])
+    assert ours.dtype == torch.float16
+    assert (ours.double() - true_o).abs().max() <= 2 * (plain.double() - true_o).abs().max()
 
 
 def test_minus_infinity_changes_no_bit():

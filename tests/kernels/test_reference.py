@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from common.errors import ContractError
 from common.kernels import oracle
+from common.kernels.dense import dense, dense_by_matmul
 from common.kernels.plan import Rows
-from common.kernels.reference import TorchBackend, cut_buckets, dense, dense_by_matmul
+from common.kernels.reference import TorchBackend, cut_buckets
 from tests.kernels.case import make_rows, make_tensors
 
-HEADS = [(4, 4), (4, 2), (4, 1), (8, 1)]
+HEADS = [(4, 4), (4, 2), (4, 1), (8, 1)]  # without a gather: the first two, in fp32
 EDGES = [  # q_len, q_pos, kv_start, kv_len
     (1, 0, 0, 1), (1, 9, 0, 10), (1, 9, 0, 0), (1, 3, 8, 4), (1, 20, 8, 4), (1, 5, 0, 12), (5, 0, 0, 5),
     (5, 7, 0, 12), (5, 7, 8, 4), (6, 2, 4, 9), (4, 20, 4, 6), (3, 0, 8, 3), (7, 3, 0, 6), (2, 3, 4, 1), (5, 7, 0, 0),
@@ -103,12 +104,15 @@ def test_buckets_hold_each_row_once_and_bound_the_padding():
     rng = np.random.default_rng(3)
     blocks = rng.integers(1, 60, 200)
     rows = np.flatnonzero(rng.random(200) < 0.8)
-    buckets = cut_buckets(rows, blocks)
+    buckets = cut_buckets(rows, blocks, 192)
     assert sorted(np.concatenate(buckets).tolist()) == rows.tolist()
     for members in buckets:
-        padding = blocks[members[0]] * len(members) - blocks[members].sum()
-        assert 0 <= padding <= max(24, blocks[members[0]] * len(members) // 8)
-    assert cut_buckets(rows[:0], blocks) == []
+        widest = blocks[members].max()
+        padding = widest * len(members) - blocks[members].sum()
+        assert 0 <= padding <= max(24, widest * len(members) // 8)
+        assert len(members) == 1 or widest * len(members) <= 192
+        assert (np.diff(members) > 0).all()
+    assert cut_buckets(rows[:0], blocks, 192) == []
 
 
 def test_no_rows():
@@ -140,3 +144,15 @@ def test_tensors_that_do_not_belong_are_refused():
                   (torch.zeros(1, 4, 64), torch.zeros(cells, 2, 8, 2, 64))):  # fmt: skip
         with pytest.raises(ContractError):
             backend.run(plan, q, kv, 0, 1.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from([(5, 0, 0, 5), (5, 8, 0, 13), (5, 6, 8, 3), (1, 4, 0, 5)]), min_size=2, max_size=40),
+       st.booleans(), st.integers(0, 1 << 20))  # fmt: skip
+def test_rows_of_one_shape_go_together(spec, banded, seed):
+    rng = np.random.default_rng(seed)
+    rows, cells = make_rows(rng, spec, 4, layers=2 if banded else None, num_layers=2)
+    q, kv = make_tensors(rng, rows, cells, 4, 4, 2, 16, num_layers=2)
+    plan = TorchBackend(4).plan(rows, "cpu")
+    assert len(plan.prefill) == len({one for one in spec if one[0] > 1})
+    compare(rows, q, kv, 4, layer=1)
