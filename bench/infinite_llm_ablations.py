@@ -30,6 +30,7 @@ VARIANTS: dict[str, list[str]] = {
     "proactive": [],
     "proactive, random creditor": ["system.creditor=random"],
     "proactive, no overlap": ["system.overlap=false"],
+    "proactive, moves stop decoding": ["system.move_overlap=false"],
     "proactive, 0 tokens/iteration": ["system.pace=0"],
     "proactive, 8 tokens/iteration": ["system.pace=8"],
     "proactive, 32 tokens/iteration": ["system.pace=32"],

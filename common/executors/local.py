@@ -314,7 +314,7 @@ class LocalExecutor(SimExecutor):
                 total[0] += part.out_bytes
                 total[1] += part.back_bytes
                 self.traffic.messages += 2
-            seconds += max(0.0, slowest - layer.local_s)
+            seconds += max(0.0, slowest - (layer.local_s if self.cluster.overlap else 0.0))
         for creditor, (out, back) in sums.items():
             self.traffic.out_bytes += out
             self.traffic.back_bytes += back

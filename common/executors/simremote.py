@@ -1,8 +1,9 @@
 """Attention over KV that lives elsewhere: what an iteration costs when queries travel (DESIGN: creditors).
 
-Per layer a debtor pays max(local partial, round trip + bytes / bandwidth + wait + remote partial) + merge. All requests
-of a layer go in one message per creditor, which also carries new KV to be appended there. Creditors are slowed by the
-share of time that their remote work takes.
+Per layer a debtor pays max(local partial, round trip + bytes / bandwidth + wait + remote partial) + merge; with
+`ClusterModel.overlap=False` local and remote add up (creditors still work side by side). All requests of a layer go in
+one message per creditor, which also carries new KV to be appended there. Creditors are slowed by the share of time that
+their remote work takes.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def remote_extra_ns(executor: SimExecutor, lane: SimLane, index: int, chunks: Ch
                 local_ns += _attended_ns(cost, chunk, computed - tokens, layers)
             slowest = max(_remote_ns(executor, lane, index, instance, share) for instance, share in work.items())
             merge = sum(cost.merge_ns(share.queries) for share in work.values())
-            extra += (high - low) * (max(0, slowest - local_ns) + merge)
+            hidden = local_ns if executor.cluster.overlap else 0
+            extra += (high - low) * (max(0, slowest - hidden) + merge)
     local = [(chunk, computed - tokens // layers) for (chunk, computed), tokens in zip(chunks, away_sum)]
     if num:
         context = max(1, context - remote_sum // layers // num)

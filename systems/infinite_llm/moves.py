@@ -66,7 +66,7 @@ class Moves:
         start = self.lane.borrowed.covered(seq.request_id) * size
         move.tokens = (start, start + move.piece.num_blocks * size)
         pace: int | None = self.settings.pace
-        if not self.settings.overlap:
+        if not self.settings.move_overlap:
             pace = None
             self.lane.hold("move", out)
         out.append(CopySpan(move.command_id, seq.request_id, self.instance, move.piece.creditor,

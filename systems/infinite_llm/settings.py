@@ -28,7 +28,8 @@ class Settings:
     horizon_iterations: int = 2000  # a move must pay within so many
     locality: bool = False  # creditors of the same node first (always so in `debt`)
     creditor: str = "most_free"  # random: an ablation; deterministic, by request and plan
-    overlap: bool = True  # False, an ablation: the source stands still while its blocks move
+    overlap: bool = True  # False, an ablation: the executor runs remote partials after the local one, not beside it
+    move_overlap: bool = True  # False, an ablation: the source stands still while its blocks move
     lend_cap: float = 0.5  # v1: share of an instance's blocks that it lends at most
     dgfm: bool = True  # v1: cancel cycles of debt
     dgfm_threshold: int = 4  # v1: blocks that each debt of a cycle must have at least
@@ -53,6 +54,9 @@ def from_options(options: Mapping[str, Any]) -> Settings:
         )
     if made.creditor not in CREDITORS:
         raise ConfigError(f"system.creditor={made.creditor!r} is unknown; choose one of: {', '.join(CREDITORS)}")
+    for key in ("locality", "overlap", "move_overlap", "dgfm"):
+        if not isinstance(getattr(made, key), bool):
+            raise ConfigError(f"system.{key}={getattr(made, key)!r}: use true or false")
     if not 0 < made.lend_cap <= 1 or made.dgfm_threshold < 1:
         raise ConfigError("system: need 0 < lend_cap <= 1 and dgfm_threshold >= 1")
     if made.mode == "debt" and made.creditor == "random":
