@@ -1,7 +1,7 @@
 """python -m bench.infinite_llm_ring: ship queries or ship KV (the `ring` baseline), for one decode of a long context.
 
 One request of Llama-2-13B lies evenly over four instances and is decoded at the first. *Query*: each layer's query goes
-to the three creditors and `(o, lse)` comes back. *Ring*: each layer's KV comes to the query, shard by shard, the next one
+to three creditors and `(o, lse)` comes back. *Ring*: each layer's KV comes to the query, shard by shard, the next one
 while the last is attended to. Times are simulated, by the executor's own cost model and formula; a second set of curves
 has attention at the speed of HBM (`roofline`). Equality of the two results is computed with real tensors. Writes
 results/infinite_llm/ring.json, ring.md and a figure.
@@ -131,7 +131,7 @@ def markdown(rows: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
     lines = [
         "# Ship queries or ship KV (ring)", "",
         f"Simulated: one decode of Llama-2-13B over {NUM_SHARDS} A100-80GB, KV cut evenly, all 40 layers. `profile`: "
-        "attention as in the operator tables; `roofline`: KV at the bandwidth of HBM. Bytes are per step, over all links.",
+        "attention as in the operator tables; `roofline`: at the bandwidth of HBM. Bytes are per step, over all links.",
         "", "| link | attention | context | query, KB | KV, GB | query, ms | KV, ms | KV / query |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -158,7 +158,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
             mine = [row for row in rows if row["link"] == name and row["attention"] == "profile"]
             floor = [row for row in rows if row["link"] == name and row["attention"] == "roofline"]
             at = [row["context"] / 1024 for row in mine]
-            left.plot(at, [row["query_ms"] for row in mine], color=PALETTE[index], label=f"query, {name}")
+            left.plot(at, [row["query_ms"] for row in mine], color=PALETTE[index])
             left.plot(at, [row["kv_ms"] for row in mine], color=PALETTE[index], ls=DASHES[1])
             right.plot(at, [row["ratio"] for row in mine], color=PALETTE[index], label=name)
             right.plot(at, [row["ratio"] for row in floor], color=PALETTE[index], ls=DASHES[2])
@@ -169,10 +169,12 @@ def draw(rows: list[dict[str, Any]]) -> None:
         for axis in (left, right):
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
-            axis.set_xlabel("context, K tokens")
-            axis.legend()
+            axis.set_xlabel("context, tokens")
+            axis.set_xticks([1, 8, 64, 512, 2048], ["1K", "8K", "64K", "512K", "2M"])
+        handles, labels = right.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=len(LINKS))
         figure.suptitle("Simulated: one decode of Llama-2-13B over 4 A100-80GB", fontsize=9)
-        figure.tight_layout()
+        figure.tight_layout(rect=(0, 0.06, 1, 1))
         folder.mkdir(parents=True, exist_ok=True)
         save(figure, folder, "ring")
 
