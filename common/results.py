@@ -32,8 +32,8 @@ from common.types import RequestStatus
 __all__ = ["LoadedRun", "RunFolder", "load_run", "replacing"]
 
 STATUS_NAMES = tuple(status.name.lower() for status in sorted(RequestStatus))
-OWN_FILES = ("config.yaml", "summary.json", "trace.json", "outputs.jsonl", *(f"{t}.parquet" for t in
-             ("requests", "timeline", "segments", "moves", "marks", "stalls", "stages", "remaps")))  # fmt: skip
+TABLES = ("requests", "timeline", "segments", "moves", "marks", "stalls", "stages", "remaps", "serving")
+OWN_FILES = ("config.yaml", "summary.json", "trace.json", "outputs.jsonl", *(f"{name}.parquet" for name in TABLES))
 FIGURES = ("overview", "latency_cdf", "instances")
 
 
@@ -264,14 +264,14 @@ def moved_bytes(moves: MoveColumns, instance: Ints, time_ns: Ints) -> Ints:
 
 
 def optional_tables(record: RunRecord, log_segments: bool) -> dict[str, dict[str, Any]]:
-    """Tables that only some runs have: marks, stalls, stages and remaps where there are any, segments and moves where
-    asked for."""
+    """Tables that only some runs have: marks, stalls, stages, remaps and serving where there are any, segments and
+    moves where asked for."""
     tables: dict[str, dict[str, Any]] = {}
     if record.marks:
         time_ns, instance, kind, text = zip(*record.marks)
         tables["marks"] = {"time_ns": np.array(time_ns, np.int64), "instance": np.array(instance, np.int64),
                            "kind": _strings(kind), "text": _strings(text)}  # fmt: skip
-    for name in ("stalls", "stages", "remaps"):
+    for name in ("stalls", "stages", "remaps", "serving"):
         columns = _columns(getattr(record, name))
         if len(next(iter(columns.values()))):
             tables[name] = columns

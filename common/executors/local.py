@@ -209,7 +209,7 @@ class LocalExecutor(SimExecutor):
 
     def _price(self, lane: SimLane) -> None:
         if self.measured:
-            lane.durations = [0] * len(lane.stages)  # known once each stage has run
+            lane.durations, lane.slowed = [0] * len(lane.stages), ()  # known once each stage has run
         else:
             super()._price(lane)
 
@@ -323,6 +323,8 @@ class LocalExecutor(SimExecutor):
             self.traffic.iterations += 1
         load = self.instances[home].remote_load
         duration = max(1, int(seconds * 1e9 * (1.0 + sum(load.values()))))
+        if self.measured and load:
+            lane.slowed += ((home, duration - int(seconds * 1e9)),)
         if self.measured and lane.spread:
             self.control.load_creditors(lane, {index: spent * 1e9 / duration for index, spent in busy.items()})
         return duration
