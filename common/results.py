@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from common.errors import ConfigError
 from common.metrics import Ints, Requests, as_numpy, num_up
+from common.predictions import Prediction, predictions
 from common.provenance import git_state, package_versions, runtime_label
 from common.record import SEGMENT_COLUMNS, TIMELINE_COLUMNS, MoveColumns, RunRecord
 from common.runs import MANIFEST, LoadedRun, load_run
@@ -32,7 +33,8 @@ from common.types import RequestStatus
 __all__ = ["LoadedRun", "RunFolder", "load_run", "replacing"]
 
 STATUS_NAMES = tuple(status.name.lower() for status in sorted(RequestStatus))
-TABLES = ("requests", "timeline", "segments", "moves", "marks", "stalls", "stages", "remaps", "serving")
+TABLES = ("requests", "timeline", "segments", "moves", "marks", "stalls", "stages", "remaps", "serving",
+          "predictions")
 OWN_FILES = ("config.yaml", "summary.json", "trace.json", "outputs.jsonl", *(f"{name}.parquet" for name in TABLES))
 FIGURES = ("overview", "latency_cdf", "instances")
 
@@ -275,6 +277,9 @@ def optional_tables(record: RunRecord, log_segments: bool) -> dict[str, dict[str
         columns = _columns(getattr(record, name))
         if len(next(iter(columns.values()))):
             tables[name] = columns
+    rows = predictions(record)
+    if rows:
+        tables["predictions"] = {name: np.array([getattr(row, name) for row in rows]) for name in Prediction._fields}
     if log_segments:
         tables["segments"] = {name: as_numpy(getattr(record.segments, name)) for name in SEGMENT_COLUMNS}
         tables["moves"] = _columns(record.moves)

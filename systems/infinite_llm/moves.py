@@ -5,7 +5,10 @@ v2's orders are done one after the other; of v1's candidates (`mode=debt`) the f
 
 from __future__ import annotations
 
-from common.types import Command, CopyDone, CopySpan, FreeSpan, Status
+import json
+
+from common.marks import DONE
+from common.types import Command, CopyDone, CopySpan, FreeSpan, Mark, Status
 from systems.infinite_llm.asks import Asker
 from systems.infinite_llm.lane import SpanLane
 from systems.infinite_llm.messages import MoveKvcache
@@ -96,7 +99,12 @@ class Moves:
 
     def scheduled(self, now_ns: int, out: list[Command]) -> None:
         """After the lane's decisions: was it switched, or dropped?"""
-        if self.move is not None and self.move.state is State.SWITCH and self.lane.switched():
+        move = self.move
+        if move is not None and move.state is State.SWITCH and self.lane.switched():
+            if move.order.plan > 0 and self.lane.borrowed.has(move.order.request_id, move.piece.try_id):
+                said = {"plan": move.order.plan, "request": move.order.request_id, "src": self.instance,
+                        "dst": move.piece.creditor, "blocks": move.piece.num_blocks}  # fmt: skip
+                out.append(Mark(self.instance, DONE, json.dumps(said)))
             self._end(now_ns, "switched", out)
 
     def tick(self, now_ns: int, out: list[Command]) -> None:

@@ -6,6 +6,7 @@ no gain. Hysteresis and the cost of moving (pace) are ours, and so is that a deb
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -30,13 +31,21 @@ class View(NamedTuple):
 
 
 class PlannedMove(NamedTuple):
-    """Move blocks. `gain_tps`: predicted, of both ends together."""
+    """Move blocks. Predicted, of both ends together: tokens per second as things stand, and what the move gains."""
 
     request_id: int
     src: int
     dst: int
     num_blocks: int
     gain_tps: float
+    before_tps: float
+
+
+def planned_text(plan: int, move: PlannedMove, window_ns: int) -> str:
+    """A mark's text, as `common.predictions` reads it."""
+    return json.dumps({"plan": plan, "request": move.request_id, "src": move.src, "dst": move.dst,
+                       "blocks": move.num_blocks, "before": move.before_tps,
+                       "after": move.before_tps + move.gain_tps, "window_ns": window_ns})  # fmt: skip
 
 
 class Planner:
@@ -91,7 +100,7 @@ class Planner:
         num, net = self.search(load, other, most)
         if num == 0 or net <= self.hysteresis * self._tps(load, other) * self.horizon_iterations:
             return None
-        return PlannedMove(request_id, debtor, creditor, num, self.gain(load, other, num))
+        return PlannedMove(request_id, debtor, creditor, num, self.gain(load, other, num), self._tps(load, other))
 
     def search(self, debtor: Load, creditor: Load, most: int) -> tuple[int, float]:
         """n* and its net gain. The gain changes slope only where one more waiting request fits, so these are tried."""

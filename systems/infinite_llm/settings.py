@@ -26,6 +26,7 @@ class Settings:
     low_share: float = 0.02  # of an instance's blocks: when so few are free, borrow
     hysteresis: float = 0.02  # least gain of a move, as a share of the throughput of both ends
     horizon_iterations: int = 2000  # a move must pay within so many
+    verify_ns: int = 10_000 * MS  # what a move realised: over so long before the plan and after its end
     locality: bool = False  # creditors of the same node first (always so in `debt`)
     creditor: str = "most_free"  # random: an ablation; deterministic, by request and plan
     overlap: bool = True  # False, an ablation: the executor runs remote partials after the local one, not beside it
@@ -38,7 +39,7 @@ class Settings:
 def from_options(options: Mapping[str, Any]) -> Settings:
     """Settings from the keys of conf/system/infinite_llm.yaml."""
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    for name in ("period", "lease", "margin"):
+    for name in ("period", "lease", "margin", "verify"):
         if f"{name}_ms" in given:
             given[f"{name}_ns"] = int(given.pop(f"{name}_ms") * MS)
     known = set(Settings.__dataclass_fields__)
@@ -61,6 +62,6 @@ def from_options(options: Mapping[str, Any]) -> Settings:
         raise ConfigError("system: need 0 < lend_cap <= 1 and dgfm_threshold >= 1")
     if made.mode == "debt" and made.creditor == "random":
         raise ConfigError("system.creditor=random is an ablation of mode=proactive and reactive, not of debt")
-    if made.pace < 0 or made.period_ns <= 0 or made.margin_ns + 3 * made.period_ns > made.lease_ns:
-        raise ConfigError("system: need pace >= 0 and lease_ms >= margin_ms + 3 x period_ms")
+    if made.pace < 0 or min(made.period_ns, made.verify_ns) <= 0 or made.margin_ns + 3 * made.period_ns > made.lease_ns:
+        raise ConfigError("system: need pace >= 0, verify_ms > 0 and lease_ms >= margin_ms + 3 x period_ms")
     return made
