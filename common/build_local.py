@@ -117,6 +117,9 @@ def local_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord,
     if choice.device.type == "cpu":
         torch.set_num_threads(config.runtime.threads)
     spec = decoder_spec(config, choice.dtype)
+    if config.engine.max_model_len > spec.max_position:
+        raise ConfigError(f"engine.max_model_len={config.engine.max_model_len}: {spec.name} has positions up to "
+                          f"{spec.max_position} (model.max_position); use at most that")  # fmt: skip
     cluster = local_cluster(config, spec)
     check_memory(cluster, spec, choice.device)
     attention = None if config.runtime.attention == "auto" else config.runtime.attention
