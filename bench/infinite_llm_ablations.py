@@ -26,6 +26,7 @@ VARIANTS: dict[str, list[str]] = {
     "off": ["system.mode=off"],
     "debt": ["system.mode=debt"],
     "debt, no DGFM": ["system.mode=debt", "system.dgfm=false"],
+    "debt, CPU rBlocks": ["system.mode=debt", "system.cpu_share=0.25"],
     "reactive": ["system.mode=reactive"],
     "proactive": [],
     "proactive, random creditor": ["system.creditor=random"],

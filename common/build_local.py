@@ -120,6 +120,8 @@ def local_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord,
     if config.engine.max_model_len > spec.max_position:
         raise ConfigError(f"engine.max_model_len={config.engine.max_model_len}: {spec.name} has positions up to "
                           f"{spec.max_position} (model.max_position); use at most that")  # fmt: skip
+    if config.system_options.get("cpu_share") and choice.device.type != "cpu":
+        raise ConfigError("system.cpu_share: attention over KV in host memory is built for runtime.device=cpu only")
     cluster = local_cluster(config, spec)
     check_memory(cluster, spec, choice.device)
     attention = None if config.runtime.attention == "auto" else config.runtime.attention

@@ -10,6 +10,7 @@ import json
 from common.marks import DONE
 from common.types import Command, CopyDone, CopySpan, FreeSpan, Mark, Status
 from systems.infinite_llm.asks import Asker
+from systems.infinite_llm.hostpool import where
 from systems.infinite_llm.lane import SpanLane
 from systems.infinite_llm.messages import MoveKvcache
 from systems.infinite_llm.protocol import Move, State, step
@@ -72,8 +73,9 @@ class Moves:
         if not self.settings.move_overlap:
             pace = None
             self.lane.hold("move", out)
-        out.append(CopySpan(move.command_id, seq.request_id, self.instance, move.piece.creditor,
-                            self.lane.stages[0].layers, move.tokens, pace=pace))  # fmt: skip
+        dst, tier = where(move.piece.creditor)
+        out.append(CopySpan(move.command_id, seq.request_id, self.instance, dst, self.lane.stages[0].layers,
+                            move.tokens, pace=pace, dst_tier=tier))  # fmt: skip
 
     def copied(self, now_ns: int, event: CopyDone, out: list[Command]) -> bool:
         """The data is there, or will never be. False: not a copy of ours."""
@@ -120,7 +122,8 @@ class Moves:
         if move is not None and move.state is State.SWITCH:
             self.lane.unswitch(move.piece.creditor)
         elif move is not None and move.state is State.COPY:  # cancels it
-            out.append(FreeSpan(move.piece.creditor, move.order.request_id, tokens=move.tokens))
+            instance, tier = where(move.piece.creditor)
+            out.append(FreeSpan(instance, move.order.request_id, tokens=move.tokens, tier=tier))
 
     def creditor_lost(self, now_ns: int, creditor: int, out: list[Command]) -> None:
         """Orders to the dead are dropped. (A copy to it fails by itself.)"""

@@ -32,6 +32,7 @@ class Settings:
     overlap: bool = True  # False, an ablation: the executor runs remote partials after the local one, not beside it
     move_overlap: bool = True  # False, an ablation: the source stands still while its blocks move
     lend_cap: float = 0.5  # v1: share of an instance's blocks that it lends at most
+    cpu_share: float = 0.0  # v1: share of the host's memory that is lent as CPU rBlocks
     dgfm: bool = True  # v1: cancel cycles of debt
     dgfm_threshold: int = 4  # v1: blocks that each debt of a cycle must have at least
 
@@ -58,6 +59,8 @@ def from_options(options: Mapping[str, Any]) -> Settings:
     for key in ("locality", "overlap", "move_overlap", "dgfm"):
         if not isinstance(getattr(made, key), bool):
             raise ConfigError(f"system.{key}={getattr(made, key)!r}: use true or false")
+    if isinstance(made.cpu_share, bool) or not 0 <= made.cpu_share <= 1:
+        raise ConfigError(f"system.cpu_share={made.cpu_share!r}: give a number from 0 to 1")
     if not 0 < made.lend_cap <= 1 or made.dgfm_threshold < 1:
         raise ConfigError("system: need 0 < lend_cap <= 1 and dgfm_threshold >= 1")
     if made.mode == "debt" and made.creditor == "random":
