@@ -328,7 +328,7 @@ class SimExecutor:
             chunks.append((chunk, computed))
             if computed + chunk == target.target and target.entry.sample:
                 logits += 1
-        lane.slowed = ()
+        lane.slowed, lane.shares = (), []
         for index, cost in enumerate(lane.costs):
             context = lane.effective_context(cost.skew_alphas) if num else 0
             if lane.spread:
@@ -341,7 +341,7 @@ class SimExecutor:
                 lane.slowed += ((lane.stages[index].instance, duration - alone),)
             lane.durations[index] = duration
         if lane.spread:
-            self.control.refresh_remote(lane, chunks, num)
+            self.control.refresh_remote(lane)
 
     def _enqueue(self, lane: SimLane, now: int) -> None:
         instance = lane.feet[lane.stage]

@@ -3,7 +3,7 @@ timers, messages and faults."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ContractError
@@ -313,9 +313,9 @@ class Control:
         raise ContractError(f"request {entry.request_id}: lane {entry.behind} is not about to compute its tokens up "
                             f"to {entry.computed} in front of lane {lane.id}")  # fmt: skip
 
-    def refresh_remote(self, lane: SimLane, chunks: Sequence[tuple[int, int]], num: int) -> None:
+    def refresh_remote(self, lane: SimLane) -> None:
         """The lane's next iteration is priced: its creditors are slowed by its remote work until the next one."""
-        self.load_creditors(lane, creditor_load(lane, chunks, num))
+        self.load_creditors(lane, creditor_load(lane))
 
     def load_creditors(self, lane: SimLane, load: dict[int, float]) -> None:
         """These instances give these shares of their time to the lane, and no others do."""

@@ -60,6 +60,18 @@ def _away(lane: SimLane, index: int, layer: int, request_id: int, start: int, en
     return found
 
 
+def _writer(lane: SimLane, index: int, layer: int, request_id: int, position: int) -> Place | None:
+    """Where a new token's KV goes, if not to the stage's own HBM. The newest spans are looked at first."""
+    home = lane.stages[index].instance
+    for span in reversed(lane.spread[request_id]):
+        if span.token_start <= position and span.layers[0] <= layer < span.layers[1]:
+            if span.token_end is not None and span.token_end <= position:
+                continue
+            at_home = span.instance == home and span.tier is Tier.HBM
+            return None if at_home else (span.instance, span.tier)
+    return None
+
+
 def _attended_ns(cost: StageCost, chunk: int, context: int, layers: int) -> int:
     """One layer's attention of a chunk over earlier tokens."""
     over, alone = cost.iteration_ns([(chunk, context)], 0, 0, 0), cost.iteration_ns([(chunk, 0)], 0, 0, 0)
@@ -79,14 +91,17 @@ def _shares(
             continue
         position = member.offset + lane.iteration  # of the token being written, which is attended to as well
         for place, tokens in _away(lane, index, layer, request_id, 0, position + 1).items():
-            share = work.setdefault(place, Share())
+            share = work.get(place)
+            if share is None:
+                share = work[place] = Share()
             share.read += tokens
             share.requests += 1
             share.queries += 1
             share.tokens += tokens
             remote += tokens
-        for place in _away(lane, index, layer, request_id, position, position + 1):
-            work[place].appended += 1
+        written = _writer(lane, index, layer, request_id, position)
+        if written is not None:
+            work[written].appended += 1
     away_of_chunks: list[int] = []
     for (chunk, computed), target in zip(chunks, lane.targets):
         request_id = target.entry.request_id
@@ -113,6 +128,7 @@ def remote_extra_ns(executor: SimExecutor, lane: SimLane, index: int, chunks: Ch
         work, remote, away = _shares(lane, index, low, chunks, num)
         remote_sum += remote * (high - low)
         away_sum = [total + tokens * (high - low) for total, tokens in zip(away_sum, away)]
+        lane.shares.append((index, high - low, work))
         if work:
             local_ns = cost.partial_attention_ns(num, max(1, context - remote // num)) if num else 0
             for (chunk, computed), tokens in zip(chunks, away):
@@ -170,16 +186,15 @@ def _wait_ns(executor: SimExecutor, instance: int) -> int:
     return per_item // (stage.layers[1] - stage.layers[0]) // 2
 
 
-def creditor_load(lane: SimLane, chunks: Chunks, num: int) -> dict[int, float]:
+def creditor_load(lane: SimLane) -> dict[int, float]:
     """Share of each creditor's time that this lane's remote attention takes while its priced iteration lasts."""
     load: dict[int, float] = {}
     total = max(1, sum(lane.durations))
-    for index, stage in enumerate(lane.stages):
-        for low, high in _bands(lane, stage.layers):
-            work, _, _ = _shares(lane, index, low, chunks, num)
-            for (instance, _), share in work.items():
-                if instance == stage.instance:
-                    continue  # its own GPU over its own host memory: within the iteration
-                busy = (high - low) * _partial_ns(lane.costs[index], share) / total
-                load[instance] = load.get(instance, 0.0) + busy
+    for index, layers, work in lane.shares:
+        home = lane.stages[index].instance
+        for (instance, _), share in work.items():
+            if instance == home:
+                continue  # its own GPU over its own host memory: within the iteration
+            busy = layers * _partial_ns(lane.costs[index], share) / total
+            load[instance] = load.get(instance, 0.0) + busy
     return load

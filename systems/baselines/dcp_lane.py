@@ -14,7 +14,7 @@ from common.sched.ledger import CellLedger
 from common.sched.shared import SharedLane
 from common.types import Command, Layers, Placement, RunStep, Span, Stage, StepDone
 
-LISTED_ROWS = 64  # beyond what is stored; a placement that runs out is lengthened at a boundary
+LISTED_ROWS = 3  # beyond what is stored; a placement that runs out is lengthened at a boundary
 
 
 def even_cut(tokens: int, members: tuple[int, ...], layers: Layers, block: int) -> Placement:

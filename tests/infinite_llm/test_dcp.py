@@ -22,7 +22,7 @@ from common.sched.lane import EngineConfig
 from common.types import RequestStatus
 from run import replay
 from systems.baselines.dcp import DcpPolicy
-from systems.baselines.dcp_lane import even_cut, lengthened
+from systems.baselines.dcp_lane import LISTED_ROWS, even_cut, lengthened
 from systems.registry import make_policy
 from tests.engine.worlds import check_tokens, tiny_spec, tiny_world
 from tests.fakes import US, FakeWorkload, cluster
@@ -53,7 +53,7 @@ def held_by_member(placement, tokens: int) -> Counter[int]:
 def test_the_cut_is_even_to_a_row(prompt: int, members: int, output: int) -> None:
     """No member ever holds more than the rows that are charged, and rows hold exactly what fits in them."""
     group = tuple(range(members))
-    placement = lengthened(even_cut(prompt, group, (0, 4), 16), group, (0, 4), 16, 64)
+    placement = lengthened(even_cut(prompt, group, (0, 4), 16), group, (0, 4), 16, LISTED_ROWS + output % 60)
     assert placement[-1].token_end is None and placement[0].token_start == 0
     for before, after in pairwise(placement):
         assert before.token_end == after.token_start and not after.token_start % 16
