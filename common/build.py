@@ -79,6 +79,7 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         control_ns=int(config.cluster.control_ms * 1e6),
         frontend_ns=int(config.cluster.frontend_ms * 1e6),
         compact_bandwidth=hardware.mem_bandwidth * tp,
+        overlap=config.system_options.get("overlap") is not False,
         extra=_estimates(config),
     )
 

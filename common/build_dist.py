@@ -28,6 +28,8 @@ def check(config: RunConfig) -> None:
         raise ConfigError("runtime.clock=measured: runtime=dist has the modelled clock only; use runtime=local for it")
     if runtime.graphs == "on":
         raise ConfigError("runtime.graphs=on: runtime=dist runs eagerly; use runtime.graphs=off")
+    if config.system_options.get("cpu_share"):
+        raise ConfigError("system.cpu_share: runtime=dist does not attend to KV in host memory; use 0")
     if runtime.backend == "nccl" and runtime.device == "cpu":
         raise ConfigError("runtime.backend=nccl needs a GPU per worker; use runtime.backend=gloo on a CPU")
 

@@ -112,6 +112,15 @@ def check_memory(cluster: ClusterModel, spec: DecoderSpec, device: torch.device)
         )
 
 
+def check_options(config: RunConfig, spec: DecoderSpec, device: torch.device) -> None:
+    """Raise ConfigError for options that real tensors of this model on this device cannot carry out."""
+    if config.engine.max_model_len > spec.max_position:
+        raise ConfigError(f"engine.max_model_len={config.engine.max_model_len}: {spec.name} has positions up to "
+                          f"{spec.max_position} (model.max_position); use at most that")  # fmt: skip
+    if config.system_options.get("cpu_share") and device.type != "cpu":
+        raise ConfigError("system.cpu_share: attention over KV in host memory is built for runtime.device=cpu only")
+
+
 def _world(config: RunConfig, spec: DecoderSpec, cluster: ClusterModel, choice: Choice) -> EngineWorld:
     attention = None if config.runtime.attention == "auto" else config.runtime.attention
     return EngineWorld(
@@ -129,6 +138,8 @@ def local_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord,
         torch.set_num_threads(config.runtime.threads)
     each = each_model(config) or [config]
     specs = [decoder_spec(one, choice.dtype) for one in each]
+    for spec in specs:
+        check_options(config, spec, choice.device)
     clusters = [local_cluster(one, spec) for one, spec in zip(each, specs)]
     cluster = pooled(clusters) if len(clusters) > 1 else clusters[0]
     check_memory(cluster, specs[0], choice.device)

@@ -23,7 +23,31 @@ MOVES = ("copy", "swap", "load")
 def mechanisms(record: RunRecord) -> Summary:
     """Summary keys; counts are 0 and the rest None where there was nothing."""
     return {**_stalls(record.stalls), **_stages(record.stages), **_moves(record.moves), **_remaps(record.remaps),
-            **_marks(record.marks)}  # fmt: skip
+            **_marks(record.marks), **_serving(record)}  # fmt: skip
+
+
+def _serving(record: RunRecord) -> Summary:
+    """Only where somebody served remote attention: what it cost the creditors' own requests. Time per own token while
+    serving, against the same instances' tokens in all other iterations (whose batches may differ) and against the same
+    iterations without the load (`creditor_slowdown`)."""
+    rows = record.serving
+    if not len(rows.start_ns):
+        return {}
+    tokens, token_ns = sum(rows.tokens), sum(rows.token_ns)
+    slowed, base = sum(rows.token_slowed_ns), sum(rows.token_ns) - sum(rows.token_slowed_ns)
+    segments, served = record.segments, np.unique(np.array(rows.instance, np.int64))
+    where = np.isin(np.array(segments.instance, np.int64), served)
+    length = np.array(segments.end_ns, np.int64) - np.array(segments.start_ns, np.int64)
+    decodes = np.array(segments.decodes, np.int64)
+    all_ns = int((length * decodes)[where].sum())
+    all_tokens = int((np.array(segments.iterations, np.int64) * decodes)[where].sum())
+    return {
+        "remote_served_s": sum(rows.served_ns) / 1e9,
+        "creditor_tokens_serving": tokens,
+        "creditor_slowdown": slowed / base if base else None,
+        "creditor_tpot_serving_ms": token_ns / tokens / 1e6 if tokens else None,
+        "creditor_tpot_alone_ms": (all_ns - token_ns) / (all_tokens - tokens) / 1e6 if all_tokens > tokens else None,
+    }
 
 
 def _of_kind(kinds: Sequence[str], kind: str) -> npt.NDArray[np.bool_]:

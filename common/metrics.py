@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from common.errors import ConfigError, ContractError
 from common.mechanisms import mechanisms
+from common.predictions import prediction_summary, predictions
 from common.record import RequestColumns, RunRecord, SegmentColumns, TimelineColumns
 from common.types import RequestStatus
 
@@ -121,6 +122,7 @@ def summarize(record: RunRecord, slo: Slo, num_gpus_per_instance: int = 1) -> Su
     out |= _gpus(record.up_intervals, record.end_ns, window, num_gpus_per_instance)
     out["bytes_moved"] = sum(record.moves.num_bytes)
     out |= mechanisms(record)
+    out |= prediction_summary(predictions(record))
     out |= _littles_law(view, window)
     return out
 

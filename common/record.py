@@ -132,6 +132,23 @@ class StageColumns:
 
 
 @dataclass(slots=True)
+class ServingColumns:
+    """Remote attention that an instance served, and its own iterations meanwhile (see `common.executors.simserving`).
+    `token_ns`: every own token's iteration, summed; `served_ns`: time given to others."""
+
+    start_ns: array[int] = field(default_factory=_column)
+    end_ns: array[int] = field(default_factory=_column)
+    instance: array[int] = field(default_factory=_column)
+    iterations: array[int] = field(default_factory=_column)
+    busy_ns: array[int] = field(default_factory=_column)
+    slowed_ns: array[int] = field(default_factory=_column)
+    tokens: array[int] = field(default_factory=_column)
+    token_ns: array[int] = field(default_factory=_column)
+    token_slowed_ns: array[int] = field(default_factory=_column)
+    served_ns: array[int] = field(default_factory=_column)
+
+
+@dataclass(slots=True)
 class RemapColumns:
     """Drops, shrinks and loads that are done. `start_ns` is the command's; afterwards the KV range has `kv_cells`
     cells, `spare_bytes` of the dropped layers make no whole cell, and `spare_cells` make no block of all layers that
@@ -158,6 +175,7 @@ class RunRecord:
     stalls: StallColumns = field(default_factory=StallColumns)
     stages: StageColumns = field(default_factory=StageColumns)
     remaps: RemapColumns = field(default_factory=RemapColumns)
+    serving: ServingColumns = field(default_factory=ServingColumns)
     marks: list[tuple[int, int, str, str]] = field(default_factory=list)  # (time_ns, instance, kind, text)
     up_intervals: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # instance -> (from, to) ns
     end_ns: int = 0

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from common.errors import ConfigError
 from common.metrics import Ints, Requests, as_numpy, num_up
+from common.predictions import Prediction, predictions
 from common.provenance import git_state, package_versions, runtime_label
 from common.record import SEGMENT_COLUMNS, TIMELINE_COLUMNS, MoveColumns, RunRecord
 from common.runs import MANIFEST, LoadedRun, load_run
@@ -32,8 +33,9 @@ from common.types import RequestStatus
 __all__ = ["LoadedRun", "RunFolder", "load_run", "replacing"]
 
 STATUS_NAMES = tuple(status.name.lower() for status in sorted(RequestStatus))
-OWN_FILES = ("config.yaml", "summary.json", "trace.json", "outputs.jsonl", *(f"{t}.parquet" for t in
-             ("requests", "timeline", "segments", "moves", "marks", "stalls", "stages", "remaps")))  # fmt: skip
+TABLES = ("requests", "timeline", "segments", "moves", "marks", "stalls", "stages", "remaps", "serving",
+          "predictions")
+OWN_FILES = ("config.yaml", "summary.json", "trace.json", "outputs.jsonl", *(f"{name}.parquet" for name in TABLES))
 FIGURES = ("overview", "latency_cdf", "instances")
 
 
@@ -265,17 +267,20 @@ def moved_bytes(moves: MoveColumns, instance: Ints, time_ns: Ints) -> Ints:
 
 
 def optional_tables(record: RunRecord, log_segments: bool) -> dict[str, dict[str, Any]]:
-    """Tables that only some runs have: marks, stalls, stages and remaps where there are any, segments and moves where
-    asked for."""
+    """Tables that only some runs have: marks, stalls, stages, remaps and serving where there are any, segments and
+    moves where asked for."""
     tables: dict[str, dict[str, Any]] = {}
     if record.marks:
         time_ns, instance, kind, text = zip(*record.marks)
         tables["marks"] = {"time_ns": np.array(time_ns, np.int64), "instance": np.array(instance, np.int64),
                            "kind": _strings(kind), "text": _strings(text)}  # fmt: skip
-    for name in ("stalls", "stages", "remaps"):
+    for name in ("stalls", "stages", "remaps", "serving"):
         columns = _columns(getattr(record, name))
         if len(next(iter(columns.values()))):
             tables[name] = columns
+    rows = predictions(record)
+    if rows:
+        tables["predictions"] = {name: np.array([getattr(row, name) for row in rows]) for name in Prediction._fields}
     if log_segments:
         tables["segments"] = {name: as_numpy(getattr(record.segments, name)) for name in SEGMENT_COLUMNS}
         tables["moves"] = _columns(record.moves)

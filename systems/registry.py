@@ -92,6 +92,15 @@ def _vllm_single(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[st
     return SinglePolicy(cluster, engine)
 
 
+def _dcp(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
+    from systems.baselines.dcp import DcpPolicy
+
+    group = options.get("group")
+    if group is not None and (isinstance(group, bool) or not isinstance(group, int) or group < 1):
+        raise ConfigError(f"system.group={group!r}: give a whole number of at least 1, or null")
+    return DcpPolicy(cluster, engine, group, _dispatch(options))
+
+
 def _kunserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     from systems.kunserve.options import Options
     from systems.kunserve.policy import KunServePolicy
@@ -191,6 +200,7 @@ FACTORIES: dict[str, Factory] = {
     "llumnix": _llumnix,
     "infercept": _infercept,
     "vllm_single": _vllm_single,
+    "dcp": _dcp,
     "kunserve": _kunserve,
     "infinite_llm": _infinite_llm,
     "memserve": _memserve,

@@ -16,6 +16,7 @@ from common.comm import messages as say
 from common.comm.hub import Gone, Hub
 from common.comm.stage import moved_tokens
 from common.engine.arena import Remap
+from common.engine.cells import CellStore
 from common.engine.instance import InstanceBooks, Moves
 from common.engine.runner import Item, LayerTimes, Remote, StageTimes
 from common.engine.sampler import SamplingParams
@@ -23,6 +24,7 @@ from common.engine.spec import DecoderSpec
 from common.engine.weights import ParameterSource
 from common.engine.work import Batch, PlacePlan, plan_band
 from common.engine.world import EngineWorld
+from common.errors import ContractError
 from common.types import InstanceInfo, Layers, Tier
 
 NOTHING = Remap(0, 0, 0)
@@ -115,7 +117,14 @@ class RemoteRunner:
 
     def _plan(self, batch: Batch, home: int, band: Layers) -> list[PlacePlan]:
         instances = self.world.instances
-        return plan_band(batch, home, band, self.world.block_size, lambda index: instances[index].stores[Tier.HBM])
+
+        def cells(instance: int, tier: Tier) -> CellStore:
+            if tier is not Tier.HBM:
+                raise ContractError(f"instance {instance}: runtime=dist does not attend to KV in host memory")
+            store: CellStore = instances[instance].stores[tier]
+            return store
+
+        return plan_band(batch, home, band, self.world.block_size, cells)
 
     def finish(self, item: RemoteItem) -> bool:
         """Wait for all stages of an iteration; False if a worker was lost on the way, and it has no result."""

@@ -28,7 +28,7 @@ from common.engine.work import Batch, plan_band
 from common.kernels.cache import write_kv
 from common.kernels.plan import Rows
 from common.kernels.static import StaticPlan, can_be_static, static_key, static_plan
-from common.types import Layers, Tier
+from common.types import Layers
 
 if TYPE_CHECKING:
     from common.engine.runner import Runner
@@ -150,7 +150,7 @@ class DecodeGraphs:
         into capturing; None if its tables are not uniform. Does not wait for the device."""
         runner, layers = self._runner, (0, self._runner.decoder.spec.num_layers)
         engine = runner.instances[home]
-        [place] = plan_band(batch, home, layers, runner.block_size, lambda index: engine.stores[Tier.HBM])
+        [place] = plan_band(batch, home, layers, runner.block_size, lambda index, tier: engine.stores[tier])
         rows = place.passes[0].rows
         if rows.tables.ndim != 2:
             return None

@@ -37,6 +37,7 @@ class Remote(NamedTuple):
     out_bytes: int
     back_bytes: int
     seconds: float
+    host_bytes: int = 0  # KV that crosses the instance's PCIe
 
 
 @dataclass(slots=True)
@@ -68,9 +69,12 @@ class Item:
 
 
 class Place(NamedTuple):
-    """One instance's part in a band of layers, on the device: (tokens, slots) to write, (plan, queries) to attend."""
+    """One instance's part in a band of layers, on the device: (tokens, slots) to write, (plan, queries) to attend.
+    `kv`: the cells of its tier; `host_tokens`: keys read from host memory in each layer, -1 where it is not that."""
 
     engine: EngineInstance
+    kv: Tensor
+    host_tokens: int
     writes: list[tuple[Tensor | None, Tensor]]
     passes: list[tuple[Any, Tensor | None]]
 
@@ -84,7 +88,8 @@ def _sent(
     one_query = q[0].numel() * q.element_size()
     new_bytes = num_new * 2 * k[0].numel() * k.element_size()
     back = len(queries) * (one_query + 4 * q.shape[1])
-    return Remote(place.engine.info.instance, len(queries) * one_query + new_bytes, back, seconds)
+    host_bytes = (place.host_tokens + num_new) * 2 * k[0].numel() * k.element_size() if place.host_tokens >= 0 else 0
+    return Remote(place.engine.info.instance, len(queries) * one_query + new_bytes, back, seconds, host_bytes)
 
 
 class Runner:
@@ -168,16 +173,24 @@ class Runner:
     # ------------------------------------------------------------ attention
 
     def _prepare(self, batch: Batch, home: int, band: Layers) -> list[Place]:
-        def store(instance: int) -> CellStore:
-            return self.instances[instance].stores[Tier.HBM]
+        def store(instance: int, tier: Tier) -> CellStore:
+            return self.instances[instance].stores[tier]
 
-        return [self._on_device(plan) for plan in plan_band(batch, home, band, self.block_size, store)]
+        plans = plan_band(batch, home, band, self.block_size, store)
+        return [self._on_device(plan, band[1] - band[0] - 1) for plan in plans]
 
-    def _on_device(self, plan: PlacePlan) -> Place:
+    def _on_device(self, plan: PlacePlan, num_layers: int = 0) -> Place:
         device = self.device
         writes = [(to_device(write.tokens, device), to_device(write.slots, device)) for write in plan.writes]
         passes = [(self.backend.plan(part.rows, device), to_device(part.queries, device)) for part in plan.passes]
-        return Place(self.instances[plan.instance], writes, passes)
+        engine = self.instances[plan.instance]
+        if plan.tier is Tier.HBM:
+            return Place(engine, engine.kv, -1, writes, passes)
+        if device.type != "cpu":
+            raise ContractError(f"instance {plan.instance}: attention over KV in host memory is built for a CPU only")
+        cells = [int(part.rows.tables.max()) for part in plan.passes]
+        keys = sum(int(part.rows.kv_len.sum()) for part in plan.passes)
+        return Place(engine, engine.cells(plan.tier, max(cells) + num_layers), keys, writes, passes)
 
     def _write(self, place: Place, k: Tensor, v: Tensor, layer: int) -> int:
         """Store the new KV that belongs to a place; returns how many tokens."""
@@ -185,14 +198,14 @@ class Runner:
         for tokens, slots in place.writes:
             at = slots[layer] if slots.ndim == 2 else slots + layer * self.block_size
             keys, values = (k, v) if tokens is None else (k[tokens], v[tokens])
-            write_kv(place.engine.kv, keys, values, at)
+            write_kv(place.kv, keys, values, at)
             num += len(at)
         return num
 
     def _partials(self, place: Place, q: Tensor, layer: int) -> list[tuple[Tensor | None, Tensor, Tensor]]:
         """(queries, o, lse) of each of a place's passes."""
         scale = self.decoder.spec.scale
-        return [(queries, *self.backend.run(plan, q, place.engine.kv, layer, scale)) for plan, queries in place.passes]
+        return [(queries, *self.backend.run(plan, q, place.kv, layer, scale)) for plan, queries in place.passes]
 
     def _merged(self, parts: list[tuple[Tensor | None, Tensor, Tensor]]) -> Tensor:
         """One output from home's first pass, which has every query, and the others."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from common.engine.cells import CellStore, RequestCells
 from common.errors import ContractError
 from common.kernels.plan import Rows
-from common.types import Layers, Span
+from common.types import Layers, Span, Tier
 
 
 class Work(NamedTuple):
@@ -60,6 +60,7 @@ class PlacePlan:
     """What one instance does for a band of layers."""
 
     instance: int
+    tier: Tier = Tier.HBM
     writes: list[Write] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)
 
@@ -102,36 +103,38 @@ class Batch:
         return list(pairwise(borders))
 
 
-Stores = Callable[[int], CellStore]
+Stores = Callable[[int, Tier], CellStore]
 
 
 def plan_band(batch: Batch, home: int, band: Layers, block_size: int, stores: Stores) -> list[PlacePlan]:
     """Who writes and attends what for a band of layers of a stage at `home`. The first plan is home's: its first
     pass covers every query, some perhaps with nothing to see."""
-    places: dict[int, list[list[Piece]]] = {home: [[]]}
+    at_home = home, Tier.HBM
+    places: dict[tuple[int, Tier], list[list[Piece]]] = {at_home: [[]]}
     for index, work in enumerate(batch.works):
         end = work.first + work.num
-        seen: dict[int, int] = {}
+        seen: dict[tuple[int, Tier], int] = {}
         for span in sorted(work.spans, key=lambda span: span.token_start) if len(work.spans) > 1 else work.spans:
             if not span.layers[0] <= band[0] < span.layers[1]:
                 continue
             stop = end if span.token_end is None else min(span.token_end, end)
             if stop > span.token_start:
-                number = seen.get(span.instance, 0)
-                passes = places.setdefault(span.instance, [])
+                place = span.instance, span.tier
+                number = seen.get(place, 0)
+                passes = places.setdefault(place, [])
                 if number == len(passes):
                     passes.append([])
                 passes[number].append(Piece(index, span.token_start, stop))
-                seen[span.instance] = number + 1
-        if home not in seen:
-            places[home][0].append(Piece(index, 0, 0))  # an empty row: all of its KV is elsewhere
-    return [_place(batch, instance, pieces, band, block_size, stores(instance)) for instance, pieces in places.items()]
+                seen[place] = number + 1
+        if at_home not in seen:
+            places[at_home][0].append(Piece(index, 0, 0))  # an empty row: all of its KV is elsewhere
+    return [_place(batch, place, pieces, band, block_size, stores(*place)) for place, pieces in places.items()]
 
 
 def _place(
-    batch: Batch, instance: int, passes: list[list[Piece]], band: Layers, block_size: int, store: CellStore
+    batch: Batch, place: tuple[int, Tier], passes: list[list[Piece]], band: Layers, block_size: int, store: CellStore
 ) -> PlacePlan:
-    plan = PlacePlan(instance)
+    plan = PlacePlan(*place)
     for pieces in passes:
         work = np.array([piece.work for piece in pieces], np.int64)
         start = np.array([piece.start for piece in pieces], np.int64)

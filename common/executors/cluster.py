@@ -55,6 +55,7 @@ class ClusterModel:
     call_ns: int = 10_000  # each further call of a copy in many calls (spec: ~10 us per NCCL call)
     compact_bandwidth: float = 1e12
     remote_service: str = "side_stream"
+    overlap: bool = True  # remote partials run beside the local one; False, an ablation: after it
     stall_ns: int = 600_000_000_000
     extra: dict[str, float] = field(default_factory=dict)
     pools: tuple[ClusterModel, ...] = ()

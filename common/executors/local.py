@@ -26,6 +26,7 @@ from common.errors import ContractError
 from common.executors.localbooks import LocalBooks, LocalLosses, LocalMembers, LocalState
 from common.executors.sim import SimExecutor, SimInstance
 from common.executors.simlane import SimLane
+from common.executors.simremote import fetch_ns
 from common.executors.source import WorkloadLike
 from common.kv.hash_index import block_hashes
 from common.record import RunRecord
@@ -216,7 +217,7 @@ class LocalExecutor(SimExecutor):
 
     def _price(self, lane: SimLane) -> None:
         if self.measured:
-            lane.durations = [0] * len(lane.stages)  # known once each stage has run
+            lane.durations, lane.slowed = [0] * len(lane.stages), ()  # known once each stage has run
         else:
             super()._price(lane)
 
@@ -296,8 +297,8 @@ class LocalExecutor(SimExecutor):
             for span in self.spans(lane, request_id, member.entry.shared):
                 if span.token_start <= position and (span.token_end is None or position < span.token_end):
                     low, high = span.layers
-                    store = self.books.store(span.instance)
-                    if any(stage.instance == span.instance for stage in lane.stages):
+                    store = self.books.store(span.instance, span.tier)
+                    if span.tier is Tier.HBM and any(stage.instance == span.instance for stage in lane.stages):
                         self.books.make_room(span.instance, high - low, lane)
                     store.append(request_id, low, high, position // size)
 
@@ -312,16 +313,20 @@ class LocalExecutor(SimExecutor):
         for layer in times.layers:
             slowest = 0.0
             for part in layer.remote:
-                busy[part.instance] = busy.get(part.instance, 0.0) + part.seconds
-                wire = links.message_ns(home, part.instance, part.out_bytes)
+                wire = fetch_ns(self.cluster, part.host_bytes)
+                if part.instance == home:  # its own host memory: nothing is sent, and its GPU computes it as well
+                    slowest = max(slowest, wire * 1e-9)
+                    continue
+                wire += links.message_ns(home, part.instance, part.out_bytes)
                 wire += links.message_ns(part.instance, home, part.back_bytes)
                 slowest = max(slowest, part.seconds + wire * 1e-9)
                 seconds -= part.seconds
+                busy[part.instance] = busy.get(part.instance, 0.0) + part.seconds
                 total = sums.setdefault(part.instance, [0, 0])
                 total[0] += part.out_bytes
                 total[1] += part.back_bytes
                 self.traffic.messages += 2
-            seconds += max(0.0, slowest - layer.local_s)
+            seconds += max(0.0, slowest - (layer.local_s if self.cluster.overlap else 0.0))
         for creditor, (out, back) in sums.items():
             self.traffic.out_bytes += out
             self.traffic.back_bytes += back
@@ -330,6 +335,8 @@ class LocalExecutor(SimExecutor):
             self.traffic.iterations += 1
         load = self.instances[home].remote_load
         duration = max(1, int(seconds * 1e9 * (1.0 + sum(load.values()))))
+        if self.measured and load:
+            lane.slowed += ((home, duration - int(seconds * 1e9)),)
         if self.measured and lane.spread:
             self.control.load_creditors(lane, {index: spent * 1e9 / duration for index, spent in busy.items()})
         return duration

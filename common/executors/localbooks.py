@@ -157,7 +157,8 @@ class LocalBooks:
             for span in placement:
                 band = overlap(span.layers, stage.layers)
                 end = charged if span.token_end is None else min(span.token_end, charged)
-                if span.instance != instance or band is None or end <= span.token_start:
+                elsewhere = span.instance != instance or span.tier is not Tier.HBM  # host memory: as the books hold it
+                if elsewhere or band is None or end <= span.token_start:
                     continue
                 if stage.instance == instance:
                     found.append((*band, span.token_start // size, -(-end // size)))
@@ -307,7 +308,8 @@ class LocalBooks:
             if position % self.state.block_size == 0:
                 for span in self.executor.spans(lane, request_id, member.entry.shared):
                     open_here = span.token_end is None or position < span.token_end
-                    if span.instance == instance and span.token_start <= position and open_here:
+                    here = span.instance == instance and span.tier is Tier.HBM
+                    if here and span.token_start <= position and open_here:
                         cells += span.layers[1] - span.layers[0]
         return cells
 

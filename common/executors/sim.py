@@ -27,6 +27,7 @@ from common.executors.simmembers import Members
 from common.executors.simmoves import Moves
 from common.executors.simpipes import Pipes
 from common.executors.simremote import remote_extra_ns
+from common.executors.simserving import Serving
 from common.executors.simstalls import Stalls
 from common.executors.simstate import ARRIVAL, DONE, MESSAGE, TIMER, UP, SimState
 from common.executors.source import NEVER, Client, WorkloadLike, integers
@@ -106,6 +107,7 @@ class SimExecutor:
         self.members = self.members_type(self.state, self, prompt, integers(workload.output_tokens), workload.model)
         self.losses = self.losses_type(self)
         self.stalls, self.pipes = Stalls(record.stalls), Pipes(record.stages)
+        self.serving = Serving(record.serving)
         self.generated = self.members.generated
         self._segments = record.segments.packed
         self._costs: dict[tuple[int, int, bool, bool], StageCost] = {}
@@ -161,6 +163,7 @@ class SimExecutor:
     def _close(self) -> None:
         self.record.end_ns = max(self.record.end_ns, self.state.now)
         self.pipes.close(self.instances, self.state.now)
+        self.serving.close()
         self.control.close()
 
     def _work_pending(self) -> bool:
@@ -321,6 +324,7 @@ class SimExecutor:
         if prefix is None or len(prefix) <= context + count:
             prefix = lane.prefix[num] = cost.decode_prefix(num, context + count)
         lane.item_iterations = count
+        lane.slowed = ()
         lane.durations[0] = prefix[context + count] - prefix[context]
 
     def _price(self, lane: SimLane) -> None:
@@ -332,6 +336,7 @@ class SimExecutor:
             chunks.append((chunk, computed))
             if computed + chunk == target.target and target.entry.sample:
                 logits += 1
+        lane.slowed, lane.shares = (), []
         for index, cost in enumerate(lane.costs):
             context = lane.effective_context(cost.skew_alphas) if num else 0
             if lane.spread:
@@ -340,10 +345,11 @@ class SimExecutor:
                 duration = cost.iteration_ns(chunks, num, context, logits)
             load = lane.feet[index].remote_load
             if load:
-                duration = int(duration * (1.0 + sum(load.values())))
+                alone, duration = duration, int(duration * (1.0 + sum(load.values())))
+                lane.slowed += ((lane.stages[index].instance, duration - alone),)
             lane.durations[index] = duration
         if lane.spread:
-            self.control.refresh_remote(lane, chunks, num)
+            self.control.refresh_remote(lane)
 
     def _enqueue(self, lane: SimLane, now: int) -> None:
         instance = lane.feet[lane.stage]
@@ -456,6 +462,8 @@ class SimExecutor:
         decodes = lane.phase.num if lane.runs_decodes else 0
         tokens = sum(lane.chunks) if lane.chunks else 0
         self._segments += pack_segment(start, now, lane.id, lane.stages[0].instance, count, decodes, tokens)
+        if lane.slowed or lane.spread:
+            self.serving.iterated(self, lane, start, now, decodes)
 
     def grow(self, lane: SimLane, blocks: int, elsewhere: Sequence[int] = ()) -> None:
         """Charge new blocks at every stage but for cells that grew `elsewhere`, taking over cached ones where the

@@ -3,7 +3,7 @@ timers, messages and faults."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ContractError
@@ -109,7 +109,7 @@ class Control:
         tokens = command.tokens or (0, 1 << 60)
         lane = self._spread.get(command.request_id)
         for span in lane.spread[command.request_id] if lane is not None else ():
-            if span.instance == instance and tier is Tier.HBM and _common(span, layers, tokens):
+            if span.instance == instance and tier is span.tier and _common(span, layers, tokens):
                 raise ContractError(f"request {command.request_id}: KV on instance {instance} freed while in use")
         self.executor.moves.freed(command.request_id, instance, tier, layers, tokens)
         before = memory.used, memory.host_used
@@ -155,14 +155,15 @@ class Control:
         if flaw is not None:
             raise ContractError(f"request {entry.request_id}: {flaw}")
         for span in placement:
-            if span.tier is not Tier.HBM or not self.state.up[span.instance]:
+            open_there = span.tier is not Tier.HBM and span.token_end is None
+            if open_there or not self.state.up[span.instance]:
                 raise ContractError(f"request {entry.request_id}: {span} cannot be read by attention")
 
     def _home_cells(self, placement: Placement, stage: Stage, tokens: int) -> int:
         size, cells = self.state.block_size, 0
         for span in placement:
             band = overlap(span.layers, stage.layers)
-            if span.instance == stage.instance and band is not None:
+            if _at_home(span, stage) and band is not None:
                 end = tokens if span.token_end is None else min(span.token_end, tokens)
                 if end > span.token_start:
                     cells += (-(-end // size) - span.token_start // size) * (band[1] - band[0])
@@ -178,22 +179,22 @@ class Control:
                 continue
             tokens = (span.token_start, end)
             need = (end - span.token_start) * (band[1] - band[0])
-            if span.instance == stage.instance:
+            if _at_home(span, stage):
                 found = state.carve(request_id, span.instance, Tier.HBM, band, tokens)
                 found += _area_at(have, stage, band, tokens, stored)
             else:
-                found = state.area(request_id, span.instance, Tier.HBM, band, tokens)
+                found = state.area(request_id, span.instance, span.tier, band, tokens)
             if found < need:
                 raise ContractError(f"request {request_id}: KV of tokens {tokens}, layers {band} is not (yet) on "
                                     f"instance {span.instance}")  # fmt: skip
 
     def _away(self, placement: Placement, stage: Stage, start: int, end: int) -> Iterator[Held]:
-        """Rectangles of tokens [start, end) that a stage's placement puts on other instances."""
+        """Rectangles of tokens [start, end) that a stage's placement puts on other instances, or in host memory."""
         for span in placement:
             band = overlap(span.layers, stage.layers)
             low, high = max(start, span.token_start), end if span.token_end is None else min(end, span.token_end)
-            if band is not None and span.instance != stage.instance and low < high:
-                yield Held(span.instance, Tier.HBM, band, low, high)
+            if band is not None and not _at_home(span, stage) and low < high:
+                yield Held(span.instance, span.tier, band, low, high)
 
     def adopt(self, lane: SimLane, entry: Entry) -> None:
         """A request joins with a placement of its own; what its prefill will append elsewhere is booked there."""
@@ -216,7 +217,7 @@ class Control:
         before = lane.spread.get(request_id) or self.default(lane, entry)
         for stage in lane.stages:
             for held in self._away(before, stage, stored, charged):
-                self.state.carve(request_id, held.instance, Tier.HBM, held.layers, (held.start, held.end))
+                self.state.carve(request_id, held.instance, held.tier, held.layers, (held.start, held.end))
             self._absorb(request_id, placement, stage, stored, before)
             memory = self.state.memory[stage.instance]
             memory.give(self._home_cells(before, stage, charged))
@@ -265,10 +266,10 @@ class Control:
             for span in placement:
                 band = overlap(span.layers, stage.layers)
                 end = keep_tokens if span.token_end is None else min(span.token_end, keep_tokens)
-                if span.instance == stage.instance and band and end > span.token_start:
+                if _at_home(span, stage) and band and end > span.token_start:
                     state.hold(request_id, Held(span.instance, Tier.HBM, band, span.token_start, end))
             for held in self._away(placement, stage, keep_tokens, charged):
-                state.carve(request_id, held.instance, Tier.HBM, held.layers, (held.start, held.end))
+                state.carve(request_id, held.instance, held.tier, held.layers, (held.start, held.end))
         if not keep_tokens:
             state.free_all(request_id)
 
@@ -293,7 +294,7 @@ class Control:
         """Lengthen what is held up to a token by that token."""
         for held in self.state.held.get(request_id, ()):
             same = (held.instance, held.tier, held.layers) == (token.instance, token.tier, token.layers)
-            if same and held.end == token.start and held.ready:
+            if same and held.end == token.start and held.ready and token.tier is Tier.HBM:
                 if token.start % self.state.block_size == 0:
                     self.state.memory[token.instance].take(token.layers[1] - token.layers[0])
                 held.end += 1
@@ -313,9 +314,9 @@ class Control:
         raise ContractError(f"request {entry.request_id}: lane {entry.behind} is not about to compute its tokens up "
                             f"to {entry.computed} in front of lane {lane.id}")  # fmt: skip
 
-    def refresh_remote(self, lane: SimLane, chunks: Sequence[tuple[int, int]], num: int) -> None:
+    def refresh_remote(self, lane: SimLane) -> None:
         """The lane's next iteration is priced: its creditors are slowed by its remote work until the next one."""
-        self.load_creditors(lane, creditor_load(lane, chunks, num))
+        self.load_creditors(lane, creditor_load(lane))
 
     def load_creditors(self, lane: SimLane, load: dict[int, float]) -> None:
         """These instances give these shares of their time to the lane, and no others do."""
@@ -462,6 +463,11 @@ class Control:
         return event if self.agents.alive(event.to) else None
 
 
+def _at_home(span: Span, stage: Stage) -> bool:
+    """Is it part of what a lane owns at a stage? KV in host memory is not: like KV elsewhere, it is held."""
+    return span.instance == stage.instance and span.tier is Tier.HBM
+
+
 def _common(span: Span, layers: Layers, tokens: tuple[int, int]) -> bool:
     end = 1 << 60 if span.token_end is None else span.token_end
     return overlap(span.layers, layers) is not None and span.token_start < tokens[1] and tokens[0] < end
@@ -473,7 +479,7 @@ def _area_at(placement: Placement, stage: Stage, layers: Layers, tokens: tuple[i
     for span in placement:
         band = overlap(span.layers, stage.layers)
         band = overlap(band, layers) if band else None
-        if span.instance == stage.instance and band:
+        if _at_home(span, stage) and band:
             end = stored if span.token_end is None else min(span.token_end, stored)
             total += max(0, min(end, tokens[1]) - max(span.token_start, tokens[0])) * (band[1] - band[0])
     return total

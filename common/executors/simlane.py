@@ -46,8 +46,8 @@ class SimLane:
     __slots__ = (
         "budget", "chunks", "command_id", "contexts", "costs", "due", "durations", "feet", "finishes", "followers",
         "id", "item_iterations", "item_start", "iteration", "limit", "members", "paced", "phase", "prefilled",
-        "prefix", "ran", "reclaim", "resumed", "rule", "runs_decodes", "settled", "simple", "spread", "stage", "stages",
-        "step_from", "stop", "sum_offset", "targets",
+        "prefix", "ran", "reclaim", "resumed", "rule", "runs_decodes", "settled", "shares", "simple", "slowed",
+        "spread", "stage", "stages", "step_from", "stop", "sum_offset", "targets",
     )  # fmt: skip
 
     def __init__(self, lane_id: int, block_size: int) -> None:
@@ -77,6 +77,8 @@ class SimLane:
         self.item_iterations = 1
         self.settled = 0  # iterations of the item in progress whose growth is charged already
         self.durations: list[int] = []
+        self.shares: list[tuple[int, int, Any]] = []  # of the priced iteration: (stage, layers, work of each creditor)
+        self.slowed: tuple[tuple[int, int], ...] = ()  # (instance, ns) that serving others adds to this iteration
         self.chunks: list[int] = []
         self.runs_decodes = True
         self.due = -1

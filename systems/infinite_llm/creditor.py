@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from common.types import Command
+from systems.infinite_llm.hostpool import HostPool
 from systems.infinite_llm.lane import SpanLane
 from systems.infinite_llm.messages import Answer, Message, Renew, Renewed, TryMoveKvcache
 from systems.infinite_llm.rblock import Grant, LentTable
@@ -29,7 +30,7 @@ class Creditor:
     """Owns the table of what its instance has lent."""
 
     def __init__(
-        self, instance: int, lane: SpanLane, lease_ns: int, keep: int, tell: Tell, cap: int | None = None
+        self, instance: int, lane: SpanLane | HostPool, lease_ns: int, keep: int, tell: Tell, cap: int | None = None
     ) -> None:
         self.instance = instance
         self.lane = lane

@@ -5,9 +5,10 @@ No plans: it speaks when it is asked, or when it sees a cycle of debt. That one 
 
 from __future__ import annotations
 
-from common.types import Command, MessageArrived
+from common.types import Command, MessageArrived, Tier
 from systems.infinite_llm.dgfm import Repair, find_cycle
 from systems.infinite_llm.gmanager import GManager
+from systems.infinite_llm.hostpool import HOST, where
 from systems.infinite_llm.ledger import DebtLedger
 from systems.infinite_llm.messages import Frozen, Heartbeat, Need, Offer, Recalled, Resync
 from systems.infinite_llm.planner import Planner
@@ -22,6 +23,7 @@ class DebtGManager(GManager):
     ) -> None:
         super().__init__(instances, nodes, settings, planner)
         self.ledger = DebtLedger(settings.lend_cap)
+        self.hosts: dict[int, int] = {}  # CPU rBlocks, by the number of their creditor
         self.repair: Repair | None = None
         self.repairs: list[tuple[int, int]] = []  # (length of the cycle, blocks that each called home) of finished ones
         self._number = epoch << 32  # a successor's repairs are not mistaken for its predecessor's
@@ -46,12 +48,18 @@ class DebtGManager(GManager):
         """An instance died, and the repair that it was part of is given up (freezes end by themselves)."""
         super().left(instance)
         self.ledger.forget(instance)
+        self.ledger.forget(HOST + instance)
+        self.hosts.pop(HOST + instance, None)
         if self.repair is not None and instance in self.repair.cycle:
             self.repair = None
 
     def took(self, now_ns: int, message: Heartbeat) -> None:
         """The creditor's column of the ledger."""
         self.ledger.heard(now_ns, message.instance, message.load.free, dict(message.debts), message.full)
+        blocks, free = message.host
+        if blocks:
+            self.hosts[HOST + message.instance] = blocks
+            self.ledger.heard(now_ns, HOST + message.instance, free, dict(message.host_debts), True)
 
     # ------------------------------------------------------------ advice
 
@@ -62,7 +70,14 @@ class DebtGManager(GManager):
     def _candidates(self, now_ns: int, need: Need) -> tuple[tuple[int, int], ...]:
         capacity = {instance: load.capacity for instance, load in self.loads.items()}
         node = self.nodes[need.instance]
-        found = self.ledger.candidates(now_ns, need.instance, capacity, lambda i: self.nodes[i] != node)
+
+        def locality(creditor: int) -> tuple[bool, bool, bool]:
+            """GPUs first; of host memories the debtor's own; then those of its node."""
+            instance, tier = where(creditor)
+            host = tier is Tier.DRAM
+            return host, host and instance != need.instance, self.nodes[instance] != node
+
+        found = self.ledger.candidates(now_ns, need.instance, {**capacity, **self.hosts}, locality)
         parts, left = [], need.best
         for instance, spare in found:
             parts.append((instance, min(spare, left)))

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from common.types import Command, MessageArrived, Send
+from common.marks import PLANNED
+from common.types import Command, Mark, MessageArrived, Send
 from systems.infinite_llm.messages import (
     GMANAGER,
     HEADER_BYTES,
@@ -21,7 +22,7 @@ from systems.infinite_llm.messages import (
     Settled,
     manager_name,
 )
-from systems.infinite_llm.planner import Planner, View, scatter
+from systems.infinite_llm.planner import Planner, View, planned_text, scatter
 from systems.infinite_llm.settings import Settings
 
 
@@ -123,6 +124,7 @@ class GManager:
             self.num_plans += 1
         for move in moves:
             order = MoveKvcache(move.request_id, move.num_blocks, move.dst, self.num_plans)
+            out.append(Mark(move.src, PLANNED, planned_text(self.num_plans, move, settings.verify_ns)))
             self._tell(move.src, order, out)
 
     def _need(self, now_ns: int, need: Need, out: list[Command]) -> None:

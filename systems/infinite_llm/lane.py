@@ -9,6 +9,7 @@ from __future__ import annotations
 from common.errors import ContractError
 from common.sched.lane import EngineConfig, LaneScheduler, Seq
 from common.types import Command, Entry, Interrupt, Placement, RunStep, Span, Stage, StepDone
+from systems.infinite_llm.hostpool import where
 from systems.infinite_llm.rblock import BorrowedTable, Piece
 
 
@@ -69,10 +70,11 @@ class SpanLane(LaneScheduler):
         spans: list[Span] = []
         for piece in self.borrowed.pieces.get(request_id, ()):
             end = start + piece.num_blocks * size
-            if spans and spans[-1].instance == piece.creditor:
+            instance, tier = where(piece.creditor)
+            if spans and (spans[-1].instance, spans[-1].tier) == (instance, tier):
                 spans[-1] = spans[-1]._replace(token_end=end)
             else:
-                spans.append(Span(piece.creditor, layers, start, end))
+                spans.append(Span(instance, layers, start, end, tier))
             start = end
         return (*spans, Span(self.stages[0].instance, layers, start, None))
 
@@ -149,7 +151,7 @@ class SpanLane(LaneScheduler):
         """The step failed with a creditor: its requests were dropped at the last boundary, the others run on."""
         self.step_done(event, out)
         for request_id in reversed(list(self.running)):
-            if any(piece.creditor == creditor for piece in self.borrowed.pieces.get(request_id, ())):
+            if any(where(piece.creditor)[0] == creditor for piece in self.borrowed.pieces.get(request_id, ())):
                 self._requeue(self._take_out(request_id))
 
     def lost(self, event: StepDone | None) -> list[Seq]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from systems.infinite_llm.hostpool import HOST
+
 NUM_CANDIDATES = 3
 
 
@@ -54,10 +56,12 @@ class DebtLedger:
     def candidates(
         self, now_ns: int, debtor: int, capacity: Mapping[int, int], rank: Callable[[int], object]
     ) -> list[tuple[int, int]]:
-        """Up to three creditors to ask in turn, and blocks that each may have; `rank` gives the locality."""
+        """Up to three creditors to ask in turn, and blocks that each may have; `rank` gives the locality. The cap is of
+        GPUs: CPU rBlocks are for lending only."""
         found = []
         for instance, row in self.rows.items():
-            spare = min(row.free, int(self.cap * capacity.get(instance, 0)) - sum(row.lent.values()))
+            limit = capacity.get(instance, 0) if instance >= HOST else int(self.cap * capacity.get(instance, 0))
+            spare = min(row.free, limit - sum(row.lent.values()))
             if instance != debtor and spare > 0 and now_ns >= row.paused_ns:
                 found.append((instance, spare))
         found.sort(key=lambda item: (rank(item[0]), -item[1], item[0]))

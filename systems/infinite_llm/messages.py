@@ -39,6 +39,8 @@ class Heartbeat(NamedTuple):
     entries: tuple[PlacementEntry, ...]
     load: Load
     debts: tuple[tuple[int, int], ...] = ()  # v1: (debtor, blocks lent to it) that changed; 0: none any more
+    host: tuple[int, int] = (0, 0)  # v1: CPU rBlocks, and free ones
+    host_debts: tuple[tuple[int, int], ...] = ()  # v1: as `debts`, of CPU rBlocks: all there are
 
 
 class Resync(NamedTuple):

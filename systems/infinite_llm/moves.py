@@ -5,8 +5,12 @@ v2's orders are done one after the other; of v1's candidates (`mode=debt`) the f
 
 from __future__ import annotations
 
-from common.types import Command, CopyDone, CopySpan, FreeSpan, Status
+import json
+
+from common.marks import DONE
+from common.types import Command, CopyDone, CopySpan, FreeSpan, Mark, Status
 from systems.infinite_llm.asks import Asker
+from systems.infinite_llm.hostpool import where
 from systems.infinite_llm.lane import SpanLane
 from systems.infinite_llm.messages import MoveKvcache
 from systems.infinite_llm.protocol import Move, State, step
@@ -66,11 +70,12 @@ class Moves:
         start = self.lane.borrowed.covered(seq.request_id) * size
         move.tokens = (start, start + move.piece.num_blocks * size)
         pace: int | None = self.settings.pace
-        if not self.settings.overlap:
+        if not self.settings.move_overlap:
             pace = None
             self.lane.hold("move", out)
-        out.append(CopySpan(move.command_id, seq.request_id, self.instance, move.piece.creditor,
-                            self.lane.stages[0].layers, move.tokens, pace=pace))  # fmt: skip
+        dst, tier = where(move.piece.creditor)
+        out.append(CopySpan(move.command_id, seq.request_id, self.instance, dst, self.lane.stages[0].layers,
+                            move.tokens, pace=pace, dst_tier=tier))  # fmt: skip
 
     def copied(self, now_ns: int, event: CopyDone, out: list[Command]) -> bool:
         """The data is there, or will never be. False: not a copy of ours."""
@@ -96,7 +101,12 @@ class Moves:
 
     def scheduled(self, now_ns: int, out: list[Command]) -> None:
         """After the lane's decisions: was it switched, or dropped?"""
-        if self.move is not None and self.move.state is State.SWITCH and self.lane.switched():
+        move = self.move
+        if move is not None and move.state is State.SWITCH and self.lane.switched():
+            if move.order.plan > 0 and self.lane.borrowed.has(move.order.request_id, move.piece.try_id):
+                said = {"plan": move.order.plan, "request": move.order.request_id, "src": self.instance,
+                        "dst": move.piece.creditor, "blocks": move.piece.num_blocks}  # fmt: skip
+                out.append(Mark(self.instance, DONE, json.dumps(said)))
             self._end(now_ns, "switched", out)
 
     def tick(self, now_ns: int, out: list[Command]) -> None:
@@ -112,7 +122,8 @@ class Moves:
         if move is not None and move.state is State.SWITCH:
             self.lane.unswitch(move.piece.creditor)
         elif move is not None and move.state is State.COPY:  # cancels it
-            out.append(FreeSpan(move.piece.creditor, move.order.request_id, tokens=move.tokens))
+            instance, tier = where(move.piece.creditor)
+            out.append(FreeSpan(instance, move.order.request_id, tokens=move.tokens, tier=tier))
 
     def creditor_lost(self, now_ns: int, creditor: int, out: list[Command]) -> None:
         """Orders to the dead are dropped. (A copy to it fails by itself.)"""

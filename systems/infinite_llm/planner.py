@@ -6,7 +6,9 @@ no gain. Hysteresis and the cost of moving (pace) are ours, and so is that a deb
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from heapq import heapify, heapreplace
 from typing import NamedTuple
 
 from systems.infinite_llm.messages import Load
@@ -30,13 +32,31 @@ class View(NamedTuple):
 
 
 class PlannedMove(NamedTuple):
-    """Move blocks. `gain_tps`: predicted, of both ends together."""
+    """Move blocks. Predicted, of both ends together: tokens per second as things stand, and what the move gains."""
 
     request_id: int
     src: int
     dst: int
     num_blocks: int
     gain_tps: float
+    before_tps: float
+
+
+def freest(heap: list[tuple[int, int]], loads: Mapping[int, Load]) -> int:
+    """The instance with most free blocks, the first of equals. Entries (-free, instance) may be out of date: what is
+    free has only fallen since."""
+    while True:
+        free, instance = heap[0]
+        if -free == loads[instance].free:
+            return instance
+        heapreplace(heap, (-loads[instance].free, instance))
+
+
+def planned_text(plan: int, move: PlannedMove, window_ns: int) -> str:
+    """A mark's text, as `common.predictions` reads it."""
+    return json.dumps({"plan": plan, "request": move.request_id, "src": move.src, "dst": move.dst,
+                       "blocks": move.num_blocks, "before": move.before_tps,
+                       "after": move.before_tps + move.gain_tps, "window_ns": window_ns})  # fmt: skip
 
 
 class Planner:
@@ -61,7 +81,8 @@ class Planner:
         requests = {key: dict(blocks) for key, blocks in view.requests.items()}
         debtors = sorted((i for i, load in loads.items() if load.waiting and load.decoding and requests.get(i)),
                          key=lambda i: (loads[i].decoding, i))  # fmt: skip
-        creditors = [i for i, load in loads.items() if not load.waiting]
+        creditors = [(-load.free, i) for i, load in loads.items() if not load.waiting]
+        heapify(creditors)
         moves: list[PlannedMove] = []
         for debtor in debtors:
             for _ in range(self.max_moves):
@@ -74,16 +95,16 @@ class Planner:
         return moves
 
     def _best_move(
-        self, debtor: int, creditors: list[int], loads: dict[int, Load], own: dict[int, int]
+        self, debtor: int, creditors: list[tuple[int, int]], loads: dict[int, Load], own: dict[int, int]
     ) -> PlannedMove | None:
         load = loads[debtor]
         if not creditors or not load.waiting:
             return None
         if self.scattered:
             self.num_choices += 1
-            creditor = min(creditors, key=lambda i: scatter(i, self.num_choices))
+            creditor = min((i for _, i in creditors), key=lambda i: scatter(i, self.num_choices))
         else:
-            creditor = max(creditors, key=lambda i: (loads[i].free, -i))
+            creditor = freest(creditors, loads)
         request_id = max(own, key=lambda r: (own[r], -r))
         other = loads[creditor]
         room = other.free - int((1 - self.max_utilisation) * other.capacity)
@@ -91,7 +112,7 @@ class Planner:
         num, net = self.search(load, other, most)
         if num == 0 or net <= self.hysteresis * self._tps(load, other) * self.horizon_iterations:
             return None
-        return PlannedMove(request_id, debtor, creditor, num, self.gain(load, other, num))
+        return PlannedMove(request_id, debtor, creditor, num, self.gain(load, other, num), self._tps(load, other))
 
     def search(self, debtor: Load, creditor: Load, most: int) -> tuple[int, float]:
         """n* and its net gain. The gain changes slope only where one more waiting request fits, so these are tried."""

@@ -28,6 +28,7 @@ from common.types import (
 from systems.infinite_llm.asks import COPY_IDS
 from systems.infinite_llm.debt_gmanager import DebtGManager
 from systems.infinite_llm.gmanager import GManager
+from systems.infinite_llm.hostpool import where
 from systems.infinite_llm.lane import SpanLane
 from systems.infinite_llm.messages import GMANAGER
 from systems.infinite_llm.planner import Planner
@@ -136,7 +137,7 @@ class InfiniteLlmPolicy:
             if self.gmanager is not None:
                 self.gmanager.message(now_ns, event, out)
             return
-        manager = self.managers.get(int(event.to[2:]))
+        manager = self.managers.get(where(int(event.to[2:]))[0])
         if manager is not None:
             manager.message(now_ns, event, out)
             self._note(manager)
@@ -157,7 +158,8 @@ class InfiniteLlmPolicy:
         start = self._starts[instance] = self._starts.get(instance, -1) + 1
         lane_id = instance + start * len(self.cluster.instances)  # an instance that is back has a new lane
         lane = SpanLane(lane_id, Stage(instance, (0, layers)), event.kv_cells // layers, self.engine)
-        manager = self.managers[instance] = RManager(instance, lane, self.settings)
+        host_blocks = int(self.settings.cpu_share * (self.cluster.instances[instance].host_cells // layers))
+        manager = self.managers[instance] = RManager(instance, lane, self.settings, host_blocks)
         self.lanes[instance] = lane
         self.dispatcher.added(instance)
         if self.on:
@@ -172,6 +174,7 @@ class InfiniteLlmPolicy:
 
     def _pool_changed(self) -> None:
         pool = sum(manager.creditor.cap for manager in self.managers.values())
+        pool += sum(manager.host.cap for manager in self.managers.values() if manager.host is not None)
         for manager in self.managers.values():
             manager.lane.pool_blocks = pool - manager.creditor.cap + manager.lane.num_blocks
 

@@ -8,6 +8,7 @@ from common.sched.lane import Seq
 from common.types import Command, CopyDone, InstanceLost, MessageArrived, Progress, Send, Status, StepDone
 from systems.infinite_llm.creditor import Creditor
 from systems.infinite_llm.debtor import Debtor
+from systems.infinite_llm.hostpool import HOST, HostPool
 from systems.infinite_llm.lane import SpanLane
 from systems.infinite_llm.messages import (
     ENTRY_BYTES,
@@ -40,7 +41,7 @@ from systems.infinite_llm.settings import Settings
 class RManager:
     """With `mode=off` it is its lane and nothing else."""
 
-    def __init__(self, instance: int, lane: SpanLane, settings: Settings) -> None:
+    def __init__(self, instance: int, lane: SpanLane, settings: Settings, host_blocks: int = 0) -> None:
         self.instance = instance
         self.name = manager_name(instance)
         self.lane = lane
@@ -51,10 +52,15 @@ class RManager:
             lane.low = max(2, int(settings.low_share * lane.num_blocks))
         cap = int(settings.lend_cap * lane.num_blocks) if settings.mode == "debt" else None
         self.creditor = Creditor(instance, lane, settings.lease_ns, 2 * lane.low, self._tell, cap)
+        self.host: Creditor | None = None
+        if settings.mode == "debt" and host_blocks:
+            self.host = Creditor(HOST + instance, HostPool(host_blocks), settings.lease_ns, 0, self._tell_as_host,
+                                 host_blocks)  # fmt: skip
         self.debtor = Debtor(instance, lane, settings, self._tell)
         self._told: dict[int, PlacementEntry] = {}
         self._load: Load | None = None
         self._debts: dict[int, int] = {}
+        self._host = (0, 0)
         self._sequence = 0
         self._full = True
         self._freeze: tuple[int, int] | None = None  # repair, when last told
@@ -64,6 +70,9 @@ class RManager:
     def _tell(self, instance: int, message: Message, out: list[Command]) -> None:
         to = GMANAGER if instance == GMANAGER_INSTANCE else manager_name(instance)
         out.append(Send(self.name, to, message, HEADER_BYTES))
+
+    def _tell_as_host(self, instance: int, message: Message, out: list[Command]) -> None:
+        out.append(Send(manager_name(HOST + self.instance), manager_name(instance), message, HEADER_BYTES))
 
     # ------------------------------------------------------------ events
 
@@ -99,14 +108,17 @@ class RManager:
     def message(self, now_ns: int, event: MessageArrived, out: list[Command]) -> None:
         """From another agent; late and doubled ones do no harm."""
         message = event.payload
+        creditor = self.creditor if event.to == self.name else self.host
+        if creditor is None:
+            return
         if isinstance(message, TryMoveKvcache):
-            self.creditor.asked(now_ns, message, out)
+            creditor.asked(now_ns, message, out)
         elif isinstance(message, Release):
-            self.creditor.released(now_ns, message.try_ids, out)
+            creditor.released(now_ns, message.try_ids, out)
         elif isinstance(message, Return):
-            self.creditor.returned(now_ns, message.try_id, message.num_blocks, out)
+            creditor.returned(now_ns, message.try_id, message.num_blocks, out)
         elif isinstance(message, Renew):
-            self.creditor.renewed(now_ns, message, out)
+            creditor.renewed(now_ns, message, out)
         elif isinstance(message, Answer):
             self.debtor.answered(now_ns, message, int(event.sender[2:]), out)
         elif isinstance(message, Renewed):
@@ -127,6 +139,8 @@ class RManager:
         if self._freeze is not None and now_ns - self._freeze[1] > 5 * self.settings.period_ns:
             self._unfreeze(now_ns, out)  # the gManager is dead, or has forgotten us
         self.creditor.tick(now_ns, out)
+        if self.host is not None:
+            self.host.tick(now_ns, out)
         self.debtor.tick(now_ns, out)
         self._after(now_ns, out)
         clock = dict(event.lanes).get(self.lane.lane, self.lane.iteration)
@@ -135,10 +149,11 @@ class RManager:
     def peer_lost(self, now_ns: int, event: InstanceLost, out: list[Command]) -> None:
         """Another instance died. As its debtor we know at once; as its creditor we wait for the lease to end."""
         lane = self.lane
-        hit = [request_id for request_id in lane.borrowed.at(event.instance) if request_id in lane.running]
-        if hit:
+        creditors = event.instance, HOST + event.instance
+        if any(request_id in lane.running for creditor in creditors for request_id in lane.borrowed.at(creditor)):
             self._failing = event.instance
-        self.debtor.creditor_lost(now_ns, event.instance, out)
+        for creditor in creditors:
+            self.debtor.creditor_lost(now_ns, creditor, out)
         self._after(now_ns, out)
 
     def _after(self, now_ns: int, out: list[Command]) -> None:
@@ -170,6 +185,8 @@ class RManager:
 
     def _stand(self, still: bool) -> None:
         self.creditor.frozen = self.debtor.moves.frozen = self.lane.frozen = still
+        if self.host is not None:
+            self.host.frozen = still
 
     def _unfreeze(self, now_ns: int, out: list[Command]) -> None:
         self._freeze = self._asked = None
@@ -190,12 +207,20 @@ class RManager:
             changed = [entry for key, entry in entries.items() if self._told.get(key) != entry]
             changed += [entry._replace(num_blocks=0) for key, entry in self._told.items() if key not in entries]
         idle = not (self.lane.outstanding() or entries)
-        if not (full or changed or debts) and load == self._load and idle:
+        host, host_debts = self._host_now()
+        if not (full or changed or debts) and (load, host) == (self._load, self._host) and idle:
             return  # else even a heartbeat without news says that none was lost
-        self._told, self._load = entries, load
+        self._told, self._load, self._host = entries, load, host
         self._sequence += 1
-        message = Heartbeat(self.instance, self._sequence, full, tuple(changed), load, debts)
-        out.append(Send(self.name, GMANAGER, message, HEADER_BYTES + ENTRY_BYTES * (len(changed) + len(debts))))
+        message = Heartbeat(self.instance, self._sequence, full, tuple(changed), load, debts, host, host_debts)
+        num_entries = len(changed) + len(debts) + len(host_debts)
+        out.append(Send(self.name, GMANAGER, message, HEADER_BYTES + ENTRY_BYTES * num_entries))
+
+    def _host_now(self) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
+        """v1: CPU rBlocks and free ones; who owes how many."""
+        if self.host is None:
+            return (0, 0), ()
+        return (self.host.lane.num_blocks, self.host.lane.free), tuple(self.host.lent.by_debtor().items())
 
     def _debts_now(self, full: bool) -> tuple[tuple[int, int], ...]:
         """v1: what each debtor owes, where that changed; all of it in a full heartbeat."""

@@ -26,10 +26,13 @@ class Settings:
     low_share: float = 0.02  # of an instance's blocks: when so few are free, borrow
     hysteresis: float = 0.02  # least gain of a move, as a share of the throughput of both ends
     horizon_iterations: int = 2000  # a move must pay within so many
+    verify_ns: int = 10_000 * MS  # what a move realised: over so long before the plan and after its end
     locality: bool = False  # creditors of the same node first (always so in `debt`)
     creditor: str = "most_free"  # random: an ablation; deterministic, by request and plan
-    overlap: bool = True  # False, an ablation: the source stands still while its blocks move
+    overlap: bool = True  # False, an ablation: the executor runs remote partials after the local one, not beside it
+    move_overlap: bool = True  # False, an ablation: the source stands still while its blocks move
     lend_cap: float = 0.5  # v1: share of an instance's blocks that it lends at most
+    cpu_share: float = 0.0  # v1: share of the host's memory that is lent as CPU rBlocks
     dgfm: bool = True  # v1: cancel cycles of debt
     dgfm_threshold: int = 4  # v1: blocks that each debt of a cycle must have at least
 
@@ -37,7 +40,7 @@ class Settings:
 def from_options(options: Mapping[str, Any]) -> Settings:
     """Settings from the keys of conf/system/infinite_llm.yaml."""
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    for name in ("period", "lease", "margin"):
+    for name in ("period", "lease", "margin", "verify"):
         if f"{name}_ms" in given:
             given[f"{name}_ns"] = int(given.pop(f"{name}_ms") * MS)
     known = set(Settings.__dataclass_fields__)
@@ -53,10 +56,15 @@ def from_options(options: Mapping[str, Any]) -> Settings:
         )
     if made.creditor not in CREDITORS:
         raise ConfigError(f"system.creditor={made.creditor!r} is unknown; choose one of: {', '.join(CREDITORS)}")
+    for key in ("locality", "overlap", "move_overlap", "dgfm"):
+        if not isinstance(getattr(made, key), bool):
+            raise ConfigError(f"system.{key}={getattr(made, key)!r}: use true or false")
+    if isinstance(made.cpu_share, bool) or not 0 <= made.cpu_share <= 1:
+        raise ConfigError(f"system.cpu_share={made.cpu_share!r}: give a number from 0 to 1")
     if not 0 < made.lend_cap <= 1 or made.dgfm_threshold < 1:
         raise ConfigError("system: need 0 < lend_cap <= 1 and dgfm_threshold >= 1")
     if made.mode == "debt" and made.creditor == "random":
         raise ConfigError("system.creditor=random is an ablation of mode=proactive and reactive, not of debt")
-    if made.pace < 0 or made.period_ns <= 0 or made.margin_ns + 3 * made.period_ns > made.lease_ns:
-        raise ConfigError("system: need pace >= 0 and lease_ms >= margin_ms + 3 x period_ms")
+    if made.pace < 0 or min(made.period_ns, made.verify_ns) <= 0 or made.margin_ns + 3 * made.period_ns > made.lease_ns:
+        raise ConfigError("system: need pace >= 0, verify_ms > 0 and lease_ms >= margin_ms + 3 x period_ms")
     return made

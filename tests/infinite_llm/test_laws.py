@@ -25,7 +25,7 @@ def assert_all_ended(run) -> None:
     for instance, manager in run.policy.managers.items():
         lane = manager.lane
         assert not lane.running and not lane.waiting and not lane.away and not lane.borrowed.pieces
-        assert run.executor.state.memory[instance].used == 0
+        assert run.executor.state.memory[instance].used == run.executor.state.memory[instance].host_used == 0
     assert not run.executor.state.held
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from heapq import heapify
 
 import yaml
 from hypothesis import given
@@ -13,7 +14,7 @@ from common.cost.model import InstanceCost
 from common.cost.specs import load_hardware, load_model
 from common.cost.throughput import throughput_model
 from systems.infinite_llm.messages import Load
-from systems.infinite_llm.planner import Planner, View
+from systems.infinite_llm.planner import Planner, View, freest
 from systems.infinite_llm.throughput import Throughput
 from tests.laws.strategies import law
 
@@ -100,3 +101,16 @@ def test_the_fitted_model_is_near_the_cost_model() -> None:
     for batch, context in ((3, 2000), (12, 3000), (48, 1500), (96, 700)):
         real = cost.decode_ns(batch, context)
         assert abs(model.iteration_ns(batch, batch * context) / real - 1) < 0.2, (batch, context)
+
+
+@law(100)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.lists(st.integers(0, 3), max_size=20))
+def test_the_freest_creditor_is_found_among_stale_entries(free: list[int], taken: list[int]) -> None:
+    """As a scan of all would find it, after every move that takes blocks from it."""
+    loads = {index: Load(100, blocks, 0, 0, 0, 0) for index, blocks in enumerate(free)}
+    heap = [(-load.free, index) for index, load in loads.items()]
+    heapify(heap)
+    for blocks in taken:
+        found = freest(heap, loads)
+        assert found == max(loads, key=lambda i: (loads[i].free, -i))
+        loads[found] = loads[found]._replace(free=max(0, loads[found].free - blocks))

@@ -12,6 +12,7 @@ from common.policy import Executor
 from common.record import RequestColumns, RunRecord
 from common.sched.lane import EngineConfig
 from common.types import AgentLost, MessageArrived, Send
+from systems.infinite_llm.hostpool import HOST
 from systems.infinite_llm.policy import InfiniteLlmPolicy
 from systems.infinite_llm.settings import Settings
 from tests.fakes import US, FakeWorkload, cluster
@@ -47,9 +48,11 @@ class World:
     fate: tuple[int, float, float, int] | None = None  # seed, lost, doubled, delay in ns
     budget: int = 64
     alpha: float = 0.0
+    host_blocks: int = 0
 
     def model(self, **changes):
-        return cluster(self.instances, self.blocks, alpha=self.alpha, max_model_len=1 << 20, **changes)
+        return cluster(self.instances, self.blocks, alpha=self.alpha, max_model_len=1 << 20,
+                       host_blocks=self.host_blocks, **changes)
 
     def workload(self) -> FakeWorkload:
         now, arrivals = 0, []
@@ -129,6 +132,7 @@ class Run:
                     named.setdefault(piece.creditor, set()).add(piece.try_id)
         for instance, manager in self.policy.managers.items():
             assert named.get(instance, set()) <= set(manager.creditor.lent.grants), "in use, and not lent"
+            self.check_host(manager, named.get(HOST + instance, set()))
         quiet = self.flying == 0 and not self.world.fate and not self.world.lost_instances
         busy = any(m.debtor.move or any(loan.asks for loan in m.debtor.loans.values())
                    for m in self.policy.managers.values())  # fmt: skip
@@ -136,6 +140,19 @@ class Run:
             self.drained += 1
             for instance, manager in self.policy.managers.items():
                 assert manager.lane.lent == borrowed.get(instance, 0), "lent = borrowed"
+                if manager.host is not None:
+                    assert manager.host.lent.total == borrowed.get(HOST + instance, 0), "lent = borrowed, CPU rBlocks"
+
+    def check_host(self, manager, named: set[int]) -> None:
+        """Conservation in host memory: free + lent = all, and nobody stores there what is not lent."""
+        memory = self.executor.state.memory[manager.instance]
+        if manager.host is None:
+            assert not named and not memory.host_used
+            return
+        pool = manager.host.lane
+        assert pool.free >= 0 and pool.free + pool.lent == pool.num_blocks and pool.lent == manager.host.lent.total
+        assert named <= set(manager.host.lent.grants), "in use, and not lent"
+        assert memory.host_used <= pool.lent * memory.info.num_layers, "KV in host memory that nobody has lent"
 
 
 @st.composite
@@ -155,6 +172,9 @@ def worlds(draw, faults: bool = True, gm: bool = True, losses: bool = True, debt
         settings = replace(settings, mode="debt", lend_cap=draw(st.sampled_from((0.25, 0.5, 1.0))),
                            dgfm=draw(st.booleans()), dgfm_threshold=draw(st.integers(1, 4)), low_share=draw(
             st.sampled_from((0.1, 0.3))), pace=draw(st.sampled_from((16, 64))))  # fmt: skip
+    host_blocks = draw(st.sampled_from((0, 6, 40))) if debt else 0
+    if host_blocks:
+        settings = replace(settings, cpu_share=draw(st.sampled_from((0.5, 1.0))))
     lost = ()
     if losses and draw(st.booleans()):
         count = draw(st.integers(1, instances - 1))
@@ -167,7 +187,8 @@ def worlds(draw, faults: bool = True, gm: bool = True, losses: bool = True, debt
     if faults and draw(st.booleans()):
         fate = (draw(st.integers(0, 99)), draw(st.sampled_from((0.0, 0.1, 0.3))), draw(st.sampled_from((0.0, 0.3))),
                 draw(st.sampled_from((0, 100_000, 5 * MS))))  # fmt: skip
-    return World(instances, blocks, requests, settings, lost, lost_gm, fate, draw(st.sampled_from((32, 64, 512))))
+    return World(instances, blocks, requests, settings, lost, lost_gm, fate, draw(st.sampled_from((32, 64, 512))),
+                 host_blocks=host_blocks)  # fmt: skip
 
 
 CYCLE = World(3, 16, ((5611, 142, 100), (3389, 259, 79), (11014, 229, 105), (14158, 230, 25), (14199, 160, 87),
