@@ -46,7 +46,7 @@ class Site:
         self.instance = info.instance
         self.role = role
         self.caches = design.decode_caches if role == "decode" else design.prefill_caches
-        self.pool = MemPool(info, num_blocks, engine.block_size, ids)
+        self.pool = MemPool(info, num_blocks, engine.block_size, ids, options.eviction)
         self.lane = PoolLane(lane_id, self.pool, engine, self.caches)
         self.homed: dict[int, Job] = {}  # whose KV is here, or who waits for it to be
         self.pending: deque[Job] = deque()  # prefilled elsewhere, waiting for room here

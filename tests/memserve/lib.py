@@ -12,7 +12,7 @@ from common.executors.sim import SimExecutor
 from common.record import RequestColumns, RunRecord
 from common.sched.lane import EngineConfig
 from common.types import RequestStatus, Rule, Tier
-from systems.memserve.config import DESIGNS, MODES, POLICIES, Options, Planner
+from systems.memserve.config import DESIGNS, EVICTIONS, MODES, POLICIES, Options, Planner
 from systems.memserve.policy import MemServePolicy
 from tests.fakes import FakeWorkload, cluster
 
@@ -42,6 +42,7 @@ class Scenario:
     losses: tuple[tuple[int, int], ...] = ()  # (x 100 us, instance)
     message_seed: int = -1
     max_leap: int | None = None
+    layers: int = 4
 
     def workload(self) -> FakeWorkload:
         last: dict[int, int] = {}
@@ -66,7 +67,7 @@ class Scenario:
         return EngineConfig(16, self.budget, self.max_num_seqs, self.rule, False, 0.0, self.max_leap, 1 << 20)
 
     def model(self):
-        return cluster(self.instances, self.blocks, 4, 16, host_blocks=self.host_blocks, startup_ns=3 * MS)
+        return cluster(self.instances, self.blocks, self.layers, 16, host_blocks=self.host_blocks, startup_ns=3 * MS)
 
     def policy(self) -> MemServePolicy:
         return MemServePolicy(self.model().info(), self.engine(), self.options)
@@ -114,11 +115,12 @@ class Judge:
             pool.check()
             if state.ready or self._answers_under_way():
                 continue
-            used = 4 * (pool.total[Tier.HBM] - pool.free[Tier.HBM])
-            assert memory.cached == 4 * pool.tree.cached[Tier.HBM], "cached blocks"
-            assert used - 4 * site.lane._grant <= memory.used <= used, "used blocks"
-            assert memory.host_used == 4 * (pool.total[Tier.DRAM] - pool.free[Tier.DRAM]), "host blocks"
-            assert memory.host_cached == 4 * pool.tree.cached[Tier.DRAM], "cached host blocks"
+            cells = pool.layers[1]  # of a block
+            used = cells * (pool.total[Tier.HBM] - pool.free[Tier.HBM])
+            assert memory.cached == cells * pool.tree.cached[Tier.HBM], "cached blocks"
+            assert used - cells * site.lane._grant <= memory.used <= used, "used blocks"
+            assert memory.host_used == cells * (pool.total[Tier.DRAM] - pool.free[Tier.DRAM]), "host blocks"
+            assert memory.host_cached == cells * pool.tree.cached[Tier.DRAM], "cached host blocks"
 
     def _answers_under_way(self) -> bool:
         """The event about to be told has already changed the executor's counts."""
@@ -167,14 +169,18 @@ def finish(policy: MemServePolicy, executor: SimExecutor) -> None:
 
 
 @st.composite
-def scenarios(draw, losses=False, designs=tuple(DESIGNS), max_turns=12, pressure=False):
+def scenarios(draw, losses=False, designs=tuple(DESIGNS), max_turns=12, pressure=False, layers=4):
     sessions = draw(st.integers(3 if pressure else 1, 4))
+    opening = (0, 1, 0) if pressure else ()  # two sessions of one document, one of them with a second turn
+    gaps = (0, 0, 0, 1, 5) if pressure else (0, 0, 1, 5, 20)
+    replies = (1, 5, 16, 33, 40) if pressure else (1, 2, 5, 16, 20, 33)
     turns = tuple(
-        Turn(draw(st.integers(0, sessions - 1)), draw(st.sampled_from((0, 0, 1, 5, 20))),
-             draw(st.sampled_from((1, 5, 15, 16, 17, 40))), draw(st.sampled_from((1, 2, 5, 16, 20, 33))))
-        for _ in range(draw(st.integers(6 if pressure else 1, max_turns)))
+        Turn(opening[place] if place < len(opening) else draw(st.integers(0, sessions - 1)),
+             draw(st.sampled_from(gaps)), draw(st.sampled_from((1, 5, 15, 16, 17, 40))), draw(st.sampled_from(replies)))
+        for place in range(draw(st.integers(6 if pressure else 1, max_turns)))
     )  # fmt: skip
-    document = tuple(draw(st.sampled_from((0, 0, 16, 48, 50))) for _ in range(sessions))
+    document = tuple(draw(st.sampled_from((16, 48, 50) if pressure and session < 2 else (0, 0, 16, 48, 50)))
+                     for session in range(sessions))  # fmt: skip
     design = draw(st.sampled_from(designs))
     instances = draw(st.integers(2, 4))
     roles = None
@@ -185,17 +191,19 @@ def scenarios(draw, losses=False, designs=tuple(DESIGNS), max_turns=12, pressure
             roles = "1P1D"
     options = Options(
         design=design, roles=roles, transfer=draw(st.sampled_from(MODES)), policy=draw(st.sampled_from(POLICIES)),
-        fetch=draw(st.booleans()), guard_s=draw(st.sampled_from((None, 0.0001))), swap=draw(st.booleans()),
+        fetch=draw(st.booleans()), guard_s=draw(st.sampled_from((None, 0.0001))),
+        swap=draw(st.sampled_from((True, True, False) if pressure else (True, False))),
         swap_low=draw(st.sampled_from((0.1, 0.5))), swap_high=draw(st.sampled_from((0.6, 0.9))),
-        local_ttl_s=draw(st.sampled_from((None, None, 0.002))), tree_ttl_s=draw(st.sampled_from((0.001, 10.0))),
+        local_ttl_s=draw(st.sampled_from((None, None, 0.002))), eviction=draw(st.sampled_from(EVICTIONS)),
+        tree_ttl_s=draw(st.sampled_from((0.001, 10.0, 10.0) if pressure else (0.001, 10.0))),
         heartbeat_s=0.0005, timeout_s=0.0015, restart=losses, planner=PLANNER,
     )  # fmt: skip
     longest = _longest(turns, document)
     blocks = longest + draw(st.sampled_from((1, 2, 3) if pressure else (1, 2, 4, 10, 60)))
     scenario = Scenario(
-        turns, document, options, instances, blocks, draw(st.sampled_from((0, 2, 40))),
+        turns, document, options, instances, blocks, draw(st.sampled_from((2, 40, 40) if pressure else (0, 2, 40))),
         draw(st.sampled_from((Rule.CHUNKED, Rule.CHUNKED, Rule.PREFILL_FIRST, Rule.SARATHI))),
-        draw(st.sampled_from((24, 64, 1024))), draw(st.sampled_from((1, 3, 8))),
+        draw(st.sampled_from((24, 64, 1024))), draw(st.sampled_from((1, 3, 8))), layers=layers,
     )  # fmt: skip
     if scenario.rule is Rule.PREFILL_FIRST:
         scenario = replace(scenario, budget=1024)
