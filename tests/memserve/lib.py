@@ -13,6 +13,9 @@ from common.record import RequestColumns, RunRecord
 from common.sched.lane import EngineConfig
 from common.types import RequestStatus, Rule, Tier
 from systems.memserve.config import DESIGNS, EVICTIONS, MODES, POLICIES, Options, Planner
+from systems.memserve.job import Job
+from systems.memserve.mempool import MemPool
+from systems.memserve.node import Lease
 from systems.memserve.policy import MemServePolicy
 from tests.fakes import FakeWorkload, cluster
 
@@ -113,6 +116,8 @@ class Judge:
             if pool.dead or not state.up[instance]:
                 continue
             pool.check()
+            for job in site.homed.values():
+                self._readable(pool, job, job.lease)
             if state.ready or self._answers_under_way():
                 continue
             cells = pool.layers[1]  # of a block
@@ -121,6 +126,17 @@ class Judge:
             assert used - cells * site.lane._grant <= memory.used <= used, "used blocks"
             assert memory.host_used == cells * (pool.total[Tier.DRAM] - pool.free[Tier.DRAM]), "host blocks"
             assert memory.host_cached == cells * pool.tree.cached[Tier.DRAM], "cached host blocks"
+
+        for pending, move in self.policy.moves.copies.values():
+            if not move.dst.dead and self.policy.sites[move.dst.instance].pool is move.dst:
+                self._readable(move.dst, pending.job, move.lease)
+
+    @staticmethod
+    def _readable(pool: MemPool, job: Job, lease: Lease | None) -> None:
+        """No block of a live match is evicted or swapped out."""
+        if lease is not None and lease.node is not None:
+            found = pool.match(job.text(max(lease.tokens, job.known)), lease.tokens).hbm
+            assert found == lease.tokens, f"request {job.request_id}: {found} of {lease.tokens} pinned tokens are there"
 
     def _answers_under_way(self) -> bool:
         """The event about to be told has already changed the executor's counts."""
