@@ -77,6 +77,7 @@ class Options:
     roles: str | Sequence[str] | None = None
     transfer: str = "by_request_agg"
     communicators: int = 1
+    ordered: bool = False
     policy: str = "prompt_tree_cost"
     fetch: bool = True
     guard_s: float | None = None

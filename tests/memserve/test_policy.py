@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -198,3 +199,19 @@ def test_rules_of_other_routers(policy):
     if policy == "sglang_router":
         gs.queue[1] = {}
         assert gs.route(1, 2, (("else", 0, 160),), 160, -1)[:1] == (0,), "no match: the smallest tree"
+
+
+@pytest.mark.parametrize("mode", ["by_layer", "by_request", "by_request_agg"])
+def test_ordered_transfers_of_an_instance_never_overlap(mode):
+    """One communicator: what a prefill instance sends goes in order; without the option copies run side by side."""
+    turns = tuple(Turn(index, 0, 60, 3) for index in range(6))
+    overlaps = {}
+    for ordered in (True, False):
+        options = Options(design="pd_basic", transfer=mode, roles="1P1D", ordered=ordered, planner=PLANNER)
+        _, executor = run(Scenario(turns, (48,) * 6, options, 2, 90, 0, budget=24))
+        moves = executor.record.moves
+        times = sorted(zip(moves.start_ns, moves.end_ns))
+        assert len(times) == len(turns)
+        overlaps[ordered] = sum(start < end for (_, end), (start, _) in pairwise(times))
+    assert overlaps[True] == 0
+    assert overlaps[False] or mode == "by_request_agg", "few calls: these copies are over before the next begins"
