@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -115,24 +116,27 @@ def cached() -> None:
 def modes() -> None:
     """1024 in, 32 out, 1P1D: JCT of the three transfer modes over the rate."""
     rows: list[dict[str, Any]] = []
-    rates = (2, 5, 10, 20, 40)
+    rates = (2, 5, 10, 15, 20, 40)
     figure, axes = new_figure(1, 2, 9.0, 3.6)
-    for mode in ("by_layer", "by_request", "by_request_agg"):
+    for mode, ordered in product(("by_layer", "by_request", "by_request_agg"), (True, False)):
         for rate in rates:
-            load = ["experiment=memserve/modes", f"workload.rate={rate}", f"system.transfer={mode}"]
+            load = ["experiment=memserve/modes", f"workload.rate={rate}", f"system.transfer={mode}",
+                    f"system.ordered={ordered}"]  # fmt: skip
             _, record, _ = simulate(load)
             found = numbers(record)
             moves = record.moves
             wire = np.array(moves.end_ns) - np.array(moves.start_ns)
-            rows.append({"mode": mode, "rate": rate, "jct_s_p50": found["jct_s_p50"], "jct_s_p99": found["jct_s_p99"],
+            rows.append({"mode": mode, "ordered": ordered, "rate": rate, "jct_s_p50": found["jct_s_p50"], "jct_s_p99": found["jct_s_p99"],
                          "copy_ms_mean": float(wire.mean()) / 1e6})  # fmt: skip
         for axis, key in zip(axes[0], ("jct_s_p50", "jct_s_p99")):
-            axis.semilogx(rates, [row[key] for row in rows[-len(rates) :]], marker="o", ms=3, label=mode)
+            axis.semilogx(rates, [row[key] for row in rows[-len(rates) :]], marker="o", ms=3,
+                          ls="-" if ordered else ":", label=mode if ordered else f"{mode}, not ordered")  # fmt: skip
             axis.set_title(f"{key} (simulated)")
             axis.set_xlabel("requests/s")
-    axes[0][0].legend()
+    axes[0][0].legend(fontsize=7)
     notes = ["Simulated: 1P1D of Llama-2-13B (H800, TP2), 150 requests a point, one communicator. A call costs 10 us, "
-             "one after another: 2L calls a block by layer and by request, one when aggregated."]  # fmt: skip
+             "one after another: 2L calls a block by layer and by request, one when aggregated. `ordered`: the prefill "
+             "instance sends one prompt after another; without, their calls cost time but do not wait for each other."]  # fmt: skip
     keep("modes", "Transfer modes over the rate", notes, {"points": rows}, figure)
 
 
