@@ -126,8 +126,8 @@ def modes() -> None:
             found = numbers(record)
             moves = record.moves
             wire = np.array(moves.end_ns) - np.array(moves.start_ns)
-            rows.append({"mode": mode, "ordered": ordered, "rate": rate, "jct_s_p50": found["jct_s_p50"], "jct_s_p99": found["jct_s_p99"],
-                         "copy_ms_mean": float(wire.mean()) / 1e6})  # fmt: skip
+            rows.append({"mode": mode, "ordered": ordered, "rate": rate, "jct_s_p50": found["jct_s_p50"],
+                         "jct_s_p99": found["jct_s_p99"], "copy_ms_mean": float(wire.mean()) / 1e6})  # fmt: skip
         for axis, key in zip(axes[0], ("jct_s_p50", "jct_s_p99")):
             axis.semilogx(rates, [row[key] for row in rows[-len(rates) :]], marker="o", ms=3,
                           ls="-" if ordered else ":", label=mode if ordered else f"{mode}, not ordered")  # fmt: skip
@@ -136,7 +136,7 @@ def modes() -> None:
     axes[0][0].legend(fontsize=7)
     notes = ["Simulated: 1P1D of Llama-2-13B (H800, TP2), 150 requests a point, one communicator. A call costs 10 us, "
              "one after another: 2L calls a block by layer and by request, one when aggregated. `ordered`: the prefill "
-             "instance sends one prompt after another; without, their calls cost time but do not wait for each other."]  # fmt: skip
+             "instance sends one prompt after another; without, calls of two prompts do not wait for each other."]  # fmt: skip
     keep("modes", "Transfer modes over the rate", notes, {"points": rows}, figure)
 
 
