@@ -129,14 +129,16 @@ def modes() -> None:
             rows.append({"mode": mode, "ordered": ordered, "rate": rate, "jct_s_p50": found["jct_s_p50"],
                          "jct_s_p99": found["jct_s_p99"], "copy_ms_mean": float(wire.mean()) / 1e6})  # fmt: skip
         for axis, key in zip(axes[0], ("jct_s_p50", "jct_s_p99")):
-            axis.semilogx(rates, [row[key] for row in rows[-len(rates) :]], marker="o", ms=3,
+            axis.loglog(rates, [row[key] for row in rows[-len(rates) :]], marker="o", ms=3,
                           ls="-" if ordered else ":", label=mode if ordered else f"{mode}, not ordered")  # fmt: skip
             axis.set_title(f"{key} (simulated)")
             axis.set_xlabel("requests/s")
+            axis.set_xticks(rates, [str(rate) for rate in rates])
+            axis.minorticks_off()
     axes[0][0].legend(fontsize=7)
     notes = ["Simulated: 1P1D of Llama-2-13B (H800, TP2), 150 requests a point, one communicator. A call costs 10 us, "
-             "one after another: 2L calls a block by layer and by request, one when aggregated. `ordered`: the prefill "
-             "instance sends one prompt after another; without, calls of two prompts do not wait for each other."]  # fmt: skip
+             "one after another: 2L calls a block by layer and by request, one when aggregated. `ordered`: a prefill "
+             "instance sends one prompt after another; without, two prompts' calls do not wait."]  # fmt: skip
     keep("modes", "Transfer modes over the rate", notes, {"points": rows}, figure)
 
 
