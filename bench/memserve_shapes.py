@@ -93,7 +93,8 @@ def reason(ours: Curves, theirs: Curves, beyond: Curves, counted: dict[str, dict
     batch = max(counted[name]["decode_batch"] for name in ours)
     evidence = (f"here the order follows {words} (rank correlation {rho:.2f}); at 5/s prefill is busy {busy:.0%} at "
                 f"most, a decode batch is {batch:.0f} at most; growth from 1/s to 5/s {growth[0]:.1f}x, here "
-                f"{growth[1]:.1f}x; of {pairs} pairs ordered at 5/s {here} agree, {there} with ours at {BEYOND[-1]}/s")  # fmt: skip
+                f"{growth[1]:.1f}x; of {pairs} pairs ordered at 5/s {here} agree, {there} with ours at "
+                f"{BEYOND[-1]}/s")  # fmt: skip
     if there - here >= LOADED * pairs:
         cause = "LOAD: our instances are faster, and nothing queues"
     elif metric == "ttft_s":
