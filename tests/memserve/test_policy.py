@@ -215,3 +215,38 @@ def test_ordered_transfers_of_an_instance_never_overlap(mode):
         overlaps[ordered] = sum(start < end for (_, end), (start, _) in pairwise(times))
     assert overlaps[True] == 0
     assert overlaps[False] or mode == "by_request_agg", "few calls: these copies are over before the next begins"
+
+
+def test_decode_goes_where_its_prefix_is_unless_load_is_uneven():
+    options = Options(planner=PLANNER, decode_slack=2)
+    gs = GlobalScheduler(options, ["prefill", "decode", "decode"], 16, 100)
+    for instance in range(3):
+        gs.join(instance, 0)
+    gs.responded(0, 2, DOC, 160)
+    assert gs.pick_decode(1, DOC, 160) == 2
+    gs.decodes[2] = {index: 160 for index in range(2)}
+    assert gs.pick_decode(1, DOC, 160) == 2, "within the slack locality decides"
+    gs.decodes[2] = {index: 160 for index in range(3)}
+    assert gs.pick_decode(1, DOC, 160) == 1, "beyond it load does"
+
+
+def test_swap_in_only_where_it_is_faster_than_computing():
+    turns = (Turn(0, 0, 40, 17), Turn(0, 30, 40, 17))
+    for gb_s, swapped in ((1000.0, True), (0.0001, False)):
+        options = Options(design="colocated_caching", swap_low=1.0, swap_high=1.0,
+                          planner=replace(PLANNER, swap_gb_s=gb_s))  # fmt: skip
+        policy, executor = run(Scenario(turns, (400,), options, 1, 100, 60))
+        assert executor.record.requests.status[1] == RequestStatus.FINISHED
+        assert (policy.flows[1].swapped > 0) == swapped
+
+
+def test_roles_by_instance():
+    assert Options(roles=["decode", "both", "prefill"]).role_of(3) == ["decode", "both", "prefill"]
+    with pytest.raises(ConfigError):
+        Options(roles=["decode", "both"]).role_of(3)
+    options = Options(roles=["decode", "both", "prefill"], policy="round_robin", planner=PLANNER)
+    turns = tuple(Turn(index, 1, 40, 5) for index in range(6))
+    policy, executor = run(Scenario(turns, (0,) * 6, options, 3, 60, 0))
+    assert {flow.prefill_at for flow in policy.flows.values()} == {1, 2}
+    assert all(flow.decode_at == 1 for flow in policy.flows.values() if flow.prefill_at == 1), "both in one place"
+    assert all(status == RequestStatus.FINISHED for status in executor.record.requests.status)
