@@ -1,7 +1,8 @@
 """python -m bench.memserve_ablate parts|share: what the paper leaves out (simulated).
 
-parts: capacity, swap, both TTLs and so the staleness of the scheduler's trees, one at a time, on ShareGPT-shaped
-sessions. share: routing policies over how often each document is asked about (LooGLE-shaped, 3P1D; compare Fig. 15).
+parts: capacity, order of eviction, swap, both TTLs and so the staleness of the scheduler's trees, one at a time, on
+ShareGPT-shaped sessions. share: routing policies over how often each document is asked about, in single questions
+or in sessions (LooGLE-shaped, 3P1D; compare Fig. 15).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from bench.harness import exit_with
 from bench.memserve import balance, hit_ratio, keep, numbers, simulate
 from common.errors import ConfigError
 from common.plots.style import new_figure
+from systems.memserve.config import POLICIES as RULES
 
 BASE = ("experiment=memserve/ablation",)
 PARTS = {
@@ -20,16 +22,23 @@ PARTS = {
     "capacity 600 blocks": ("engine.kv_blocks=600",),
     "capacity 2400 blocks": ("engine.kv_blocks=2400",),
     "capacity 4800 blocks": ("engine.kv_blocks=4800",),
+    "evict FIFO": ("system.eviction=fifo",),
+    "evict LFU": ("system.eviction=lfu",),
+    "evict largest leaf": ("system.eviction=largest",),
     "no swap": ("system.swap=false",),
+    "no swap, evict FIFO": ("system.swap=false", "system.eviction=fifo"),
+    "no swap, evict LFU": ("system.swap=false", "system.eviction=lfu"),
+    "no swap, evict largest leaf": ("system.swap=false", "system.eviction=largest"),
     "early swap (half free)": ("system.swap_low=0.5", "system.swap_high=0.6"),
     "local TTL 2 s": ("system.local_ttl_s=2",),
     "local TTL 10 s": ("system.local_ttl_s=10",),
+    "local TTL 30 s": ("system.local_ttl_s=30",),
     "local TTL 2 s, trees too": ("system.local_ttl_s=2", "system.tree_ttl_s=2"),
     "tree TTL 2 s": ("system.tree_ttl_s=2",),
     "tree TTL 10 s": ("system.tree_ttl_s=10",),
     "no fetch (Eq. 2)": ("system.fetch=false",),
 }
-RULES = ("round_robin", "least_load", "session", "prompt_tree_longest", "prompt_tree_cost")
+DEGREES = (1, 2, 3, 5)
 
 
 def measured(overrides: list[str]) -> dict[str, Any]:
@@ -57,29 +66,35 @@ def parts() -> None:
     axes[0][1].set_yticklabels([])
     notes = ["Simulated, one seed, 400 requests at 2 sessions/s, 2P2D of Llama-2-13B (H800, TP2), pd_caching_3, "
              "prompt_tree_cost; base: 1,200 blocks of HBM an instance so that there is pressure. Evicted, expired, "
-             "swapped: blocks, all instances. A false hit is what the scheduler's tree promised and P had not. Only "
-             "LRU by leaf exists, so no other order of eviction is compared."]  # fmt: skip
+             "swapped: blocks, all instances. A false hit is what the scheduler's tree promised and P had not. Base: "
+             "LRU by leaf, swap below 10% free, no local TTL, trees forget after 120 s. Eviction picks leaves, and so "
+             "does swapping out, in the same order."]  # fmt: skip
     keep("ablation", "Capacity, eviction, TTL, swap and staleness", notes, {"one at a time": rows}, figure)
 
 
 def share() -> None:
-    """The more questions a document has, the more there is to route by."""
-    rows: list[dict[str, Any]] = []
-    degrees = (1, 2, 3, 5)
-    figure, axes = new_figure(1, 2, 9.0, 3.6)
-    for rule in RULES:
-        for degree in degrees:
-            load = ["experiment=memserve/share", f"system.policy={rule}",
-                    f"workload.num_documents={240 // degree}"]  # fmt: skip
-            rows.append({"policy": rule, "requests_per_document": degree, **measured(load)})
-        for axis, key in zip(axes[0], ("hit_ratio", "ttft_s_p99")):
-            axis.plot(degrees, [row[key] for row in rows[-len(degrees) :]], marker="o", ms=3, label=rule)
-            axis.set_title(f"{key} (simulated)")
-            axis.set_xlabel("requests per document")
-    axes[0][0].legend(fontsize=7)
-    notes = ["Simulated, one seed, 240 requests at 12/s, 3P1D of Llama-2-13B (H800, TP2), pd_caching_3; every document "
-             "is asked about equally often. The workload has no sessions: `session` is least_load here."]  # fmt: skip
-    keep("share", "Routing policies over the share degree", notes, {"points": rows}, figure)
+    """The more questions a document has, or the more sessions talk about it, the more there is to route by."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    figure, axes = new_figure(2, 2, 9.0, 7.0)
+    cases = (("single questions", "share", "workload.num_documents", 240),
+             ("sessions", "share_sessions", "workload.system_prompts", 80))  # fmt: skip
+    for place, (case, name, knob, many) in enumerate(cases):
+        rows: list[dict[str, Any]] = []
+        for rule in RULES:
+            for degree in DEGREES:
+                load = [f"experiment=memserve/{name}", f"system.policy={rule}", f"{knob}={many // degree}"]
+                rows.append({"policy": rule, "share_degree": degree, **measured(load)})
+            for axis, key in zip(axes[place], ("hit_ratio", "ttft_s_p99")):
+                axis.plot(DEGREES, [row[key] for row in rows[-len(DEGREES) :]], marker="o", ms=3, label=rule)
+                axis.set_title(f"{case}: {key} (simulated)", fontsize=9)
+                axis.set_xlabel("share degree")
+        tables[case] = rows
+    axes[0][0].legend(fontsize=6)
+    notes = ["Simulated, one seed, 3P1D of Llama-2-13B (H800, TP2), pd_caching_3. Single questions: 240 requests at "
+             "12/s, every document is asked about so many times; without sessions `session` is least_load. Sessions: "
+             "250 requests in some 80 sessions of up to 5 questions, so many of them about a document in the mean "
+             "(near the paper's Fig. 15, whose sessions are verbatim copies)."]  # fmt: skip
+    keep("share", "Routing policies over the share degree", notes, tables, figure)
 
 
 def main() -> int:

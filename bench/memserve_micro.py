@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -22,38 +23,59 @@ from common.plots.style import new_figure
 from common.types import Content
 from systems.memserve.tree import PoolTree
 
-LENGTHS = (1024, 4096, 16384, 65536, 131072)
-SESSIONS = ("experiment=memserve/sharegpt", "system.design=colocated_caching", "cluster.num_instances=1")
+LENGTHS = (1024, 4096, 8192, 16384, 32768, 65536, 131072)
+INDICES: dict[str, Any] = {"hash": HashIndex, "radix": PrefixIndex, "pool_tree": PoolTree}
 
 
 def index() -> None:
-    """Insert, then match: the best of five."""
+    """Insert, then match, over length; a line through the logarithms says how time grows."""
     rows: list[dict[str, Any]] = []
-    for tokens in LENGTHS:
-        content: Content = tuple((f"h{place}", 0, 512) for place in range(tokens // 512))
-        row: dict[str, Any] = {"tokens": tokens}
-        for name, kind in (("hash", HashIndex), ("radix", PrefixIndex), ("pool_tree", PoolTree)):
-            inserts, matches = [], []
-            for _ in range(5):
-                made: Any = kind(16)
-                begin = time.perf_counter()
-                lease = made.acquire((), 0)
-                (made.insert if kind is PoolTree else made.extend)(lease, content, tokens)
-                inserts.append(time.perf_counter() - begin)
-                begin = time.perf_counter()
-                made.match(content, tokens)
-                matches.append(time.perf_counter() - begin)
-            row[f"{name}_insert_ms"], row[f"{name}_match_ms"] = min(inserts) * 1e3, min(matches) * 1e3
-        rows.append(row)
-    figure, axes = new_figure(1, 1, 5.0, 3.6)
-    for name in ("hash", "radix", "pool_tree"):
-        axes[0][0].loglog(LENGTHS, [row[f"{name}_match_ms"] for row in rows], marker="o", label=name)
-    axes[0][0].set_xlabel("tokens")
-    axes[0][0].set_title("index: match (ms), measured on a CPU")
+    figure, axes = new_figure(1, 2, 9.0, 3.6)
+    for axis, piece in zip(axes[0], (512, 16)):
+        mine = []
+        for tokens in LENGTHS:
+            content: Content = tuple((f"h{place}", 0, piece) for place in range(tokens // piece))
+            mine.append({"piece": piece, "tokens": tokens, **_index_ms(content, tokens)})
+        for name in INDICES:
+            axis.loglog(LENGTHS, [row[f"{name}_match_ms"] for row in mine], marker="o", label=name)
+        axis.set_xlabel("tokens")
+        axis.set_title(f"index: match (ms), names of {piece} tokens; measured on a CPU", fontsize=8)
+        rows += mine
     axes[0][0].legend()
-    notes = ["Measured on a shared CPU, best of five. Names are pieces of 512 tokens, blocks of 16: the hash index "
-             "touches every block, the trees every piece."]  # fmt: skip
-    keep("index", "Index time, hash against radix", notes, {"by length": rows}, figure)
+    fits = [_fit([row for row in rows if row["piece"] == piece], piece, f"{name}_{call}_ms")
+            for piece in (512, 16) for name in INDICES for call in ("insert", "match")]  # fmt: skip
+    notes = ["Measured on a shared CPU: CPU time of this process, best of seven. Blocks of 16 tokens; names are pieces "
+             "of 512 tokens (as in the Mooncake trace) or of 16: the hash index touches every block, the trees every "
+             "piece.",
+             "Exponent: slope of log time over log tokens from 4,096 tokens on; 1 is O(length)."]  # fmt: skip
+    keep("index", "Index time, hash against radix", notes, {"by length": rows, "fit": fits}, figure)
+
+
+def _index_ms(content: Content, tokens: int) -> dict[str, float]:
+    row: dict[str, float] = {}
+    for name, kind in INDICES.items():
+        inserts, matches = [], []
+        for _ in range(7):
+            made: Any = kind(16)
+            begin = time.process_time()
+            lease = made.acquire((), 0)
+            (made.insert if kind is PoolTree else made.extend)(lease, content, tokens)
+            inserts.append(time.process_time() - begin)
+            begin = time.process_time()
+            made.match(content, tokens)
+            matches.append(time.process_time() - begin)
+        row[f"{name}_insert_ms"], row[f"{name}_match_ms"] = min(inserts) * 1e3, min(matches) * 1e3
+    return row
+
+
+def _fit(rows: list[dict[str, Any]], piece: int, key: str) -> dict[str, Any]:
+    """Exponent of time over length, its largest residual, and the cost of a token at the longest."""
+    long = [row for row in rows if row["tokens"] >= 4096]
+    lengths, times = (np.log([row[name] for row in long]) for name in ("tokens", key))
+    exponent, offset = np.polyfit(lengths, times, 1)
+    residual = np.abs(np.exp(times - exponent * lengths - offset) - 1).max()
+    return {"piece": piece, "call": key.removesuffix("_ms"), "exponent": float(exponent),
+            "largest_residual": float(residual), "ns_a_token": rows[-1][key] * 1e6 / rows[-1]["tokens"]}  # fmt: skip
 
 
 def cached() -> None:
@@ -75,7 +97,7 @@ def cached() -> None:
                                    prompt_tokens=np.array([prompt] * 2), output_tokens=np.array([2, 2]),
                                    release_after=None, think_ns=None)  # fmt: skip
 
-                _, record, policy = simulate([*SESSIONS, *more, "workload.num_requests=2"], pair)
+                _, record, policy = simulate(["experiment=memserve/cached", *more, "workload.num_requests=2"], pair)
                 first, arrival = record.requests.first_token_ns[1], record.requests.arrival_ns[1]
                 line.append((first - arrival) / 1e6)
                 rows.append({"prompt": prompt, "cached_in": place, "ratio": ratio, "ttft_ms": line[-1],
@@ -94,25 +116,29 @@ def cached() -> None:
 def modes() -> None:
     """1024 in, 32 out, 1P1D: JCT of the three transfer modes over the rate."""
     rows: list[dict[str, Any]] = []
-    rates = (2, 5, 10, 20, 40)
+    rates = (2, 5, 10, 15, 20, 40)
     figure, axes = new_figure(1, 2, 9.0, 3.6)
-    for mode in ("by_layer", "by_request", "by_request_agg"):
+    for mode, ordered in product(("by_layer", "by_request", "by_request_agg"), (True, False)):
         for rate in rates:
-            load = ["workload=poisson", "workload.lengths=fixed", "workload.output_tokens=32", f"workload.rate={rate}",
-                    "workload.num_requests=150", "model=llama2-13b", "hardware=h800-80g", "cluster.tp=2"]  # fmt: skip
-            _, record, _ = simulate(["system=pd", f"system.transfer={mode}", "cluster.num_instances=2", *load])
+            load = ["experiment=memserve/modes", f"workload.rate={rate}", f"system.transfer={mode}",
+                    f"system.ordered={ordered}"]  # fmt: skip
+            _, record, _ = simulate(load)
             found = numbers(record)
             moves = record.moves
             wire = np.array(moves.end_ns) - np.array(moves.start_ns)
-            rows.append({"mode": mode, "rate": rate, "jct_s_p50": found["jct_s_p50"], "jct_s_p99": found["jct_s_p99"],
-                         "copy_ms_mean": float(wire.mean()) / 1e6})  # fmt: skip
+            rows.append({"mode": mode, "ordered": ordered, "rate": rate, "jct_s_p50": found["jct_s_p50"],
+                         "jct_s_p99": found["jct_s_p99"], "copy_ms_mean": float(wire.mean()) / 1e6})  # fmt: skip
         for axis, key in zip(axes[0], ("jct_s_p50", "jct_s_p99")):
-            axis.semilogx(rates, [row[key] for row in rows[-len(rates) :]], marker="o", ms=3, label=mode)
+            axis.loglog(rates, [row[key] for row in rows[-len(rates) :]], marker="o", ms=3,
+                          ls="-" if ordered else ":", label=mode if ordered else f"{mode}, not ordered")  # fmt: skip
             axis.set_title(f"{key} (simulated)")
             axis.set_xlabel("requests/s")
-    axes[0][0].legend()
+            axis.set_xticks(rates, [str(rate) for rate in rates])
+            axis.minorticks_off()
+    axes[0][0].legend(fontsize=7)
     notes = ["Simulated: 1P1D of Llama-2-13B (H800, TP2), 150 requests a point, one communicator. A call costs 10 us, "
-             "one after another: 2L calls a block by layer and by request, one when aggregated."]  # fmt: skip
+             "one after another: 2L calls a block by layer and by request, one when aggregated. `ordered`: a prefill "
+             "instance sends one prompt after another; without, two prompts' calls do not wait."]  # fmt: skip
     keep("modes", "Transfer modes over the rate", notes, {"points": rows}, figure)
 
 

@@ -1,12 +1,11 @@
-"""python -m bench.memserve_runs ladder|mooncake|fig8 [requests]: MemServe's simulated experiments.
+"""python -m bench.memserve_runs ladder|mooncake [requests]: MemServe's simulated experiments.
 
 ladder: the designs against each other, by turn of a session. mooncake: the routing policies on the production trace,
-against an infinite cache. fig8: JCT, TTFT, TPOT over the rate per instance beside the paper's digitised curves.
+against an infinite cache.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,21 +16,9 @@ from bench.harness import exit_with
 from bench.memserve import balance, hit_ratio, keep, numbers, simulate
 from common.errors import ConfigError
 from common.plots.style import new_figure
-from workloads.paths import data_root
 
 LADDER = ("pd_basic", "pd_caching_1", "pd_caching_2", "pd_caching_3")
 RULES = ("round_robin", "least_load", "session", "prompt_tree_longest", "prompt_tree_cost", "mooncake", "sglang_router")
-SHAPES = {"sharegpt": ("ShareGPT", 4.2), "loogle": ("LooGLE", 1.0), "react": ("ReAct", 4.0)}
-PAPER = {"jct_s_mean": "JCTavg", "ttft_s_mean": "TTFTavg", "tpot_ms_mean": "TPOTavg"}
-SETTINGS = {
-    "PD": ("system.design=colocated",),
-    "PD-CC": ("system.design=colocated_caching",),
-    "1P1D": ("system.design=pd_basic", "system.roles=1P1D"),
-    "1P1D-CC": ("system.design=pd_caching_3", "system.roles=1P1D"),
-    "1P2D": ("system.design=pd_basic", "system.roles=1P2D", "cluster.num_instances=3"),
-    "1P2D-CC": ("system.design=pd_caching_3", "system.roles=1P2D", "cluster.num_instances=3"),
-    "2P1D": ("system.design=pd_basic", "system.roles=2P1D", "cluster.num_instances=3"),
-}
 
 
 def ladder(num: int) -> None:
@@ -124,45 +111,9 @@ def _infinite(workload: Any) -> float:
     return hit / int(workload.prompt_tokens.sum())
 
 
-def fig8(num: int) -> None:
-    """Beside the paper's curves."""
-    paper = json.loads((data_root() / "memserve_fig8.json").read_text())
-    rows: list[dict[str, Any]] = []
-    figure, axes = new_figure(3, 3, 12.0, 9.0)
-    for place, (shape, (label, turns)) in enumerate(SHAPES.items()):
-        for setting, options in SETTINGS.items():
-            size = 3 if "cluster.num_instances=3" in options else 4
-            points = []
-            for rate in (1, 3, 5):
-                load = [f"workload.rate={rate * size / turns}", f"workload.num_requests={num}"]
-                _, record, _ = simulate([f"experiment=memserve/{shape}", *options, *load])
-                found = numbers(record)
-                points.append(found)
-                rows.append({"workload": label, "setting": setting, "rate": rate, **found})
-            for axis, key in zip(axes[place], ("jct_s_mean", "ttft_s_mean", "tpot_ms_mean")):
-                (line,) = axis.plot((1, 3, 5), [point[key] for point in points], marker="o", ms=3, label=setting)
-                scale = 1e3 if key == "tpot_ms_mean" else 1.0  # theirs are seconds
-                theirs = [value * scale for value in paper[f"{label} {PAPER[key]}"].get(setting, ())[::2]]
-                axis.plot((1, 3, 5)[: len(theirs)], theirs, ls=":", lw=1, color=line.get_color())
-                axis.set_title(f"{label}: {key} (simulated; dotted: paper)", fontsize=8)
-                for row, value in zip(rows[-3:], theirs):
-                    row[f"paper_{key}"] = value
-        print(label, flush=True)
-    axes[0][0].legend(fontsize=7)
-    for axis in axes[-1]:
-        axis.set_xlabel("requests/s per instance")
-    for row in rows:
-        for key in PAPER:
-            row.setdefault(f"paper_{key}", float("nan"))
-    notes = [f"Simulated, {num} requests a point, prefill-first batching, by_request_agg, prompt_tree_cost; the "
-             "paper's columns are digitised from its Fig. 8 (about 1%), nan where it has no such curve. Rates are per "
-             "instance; 1P2D and 2P1D have 3 instances, the others 4."]  # fmt: skip
-    keep("fig8", "JCT, TTFT and TPOT over the rate per instance", notes, {"points": rows}, figure)
-
-
 def main() -> int:
     """One of the experiments."""
-    jobs = {"ladder": (ladder, 400), "mooncake": (mooncake, 12031), "fig8": (fig8, 1000)}
+    jobs = {"ladder": (ladder, 400), "mooncake": (mooncake, 12031)}
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         raise ConfigError(f"which of {', '.join(jobs)}?")
     job, num = jobs[sys.argv[1]]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from common.errors import ConfigError
+from systems.memserve.node import ORDERS
 
 
 class Design(NamedTuple):
@@ -30,6 +31,10 @@ DESIGNS = {
 MODES = ("by_layer", "by_request", "by_request_agg")
 POLICIES = ("round_robin", "least_load", "session", "prompt_tree_longest", "prompt_tree_cost", "mooncake",
             "sglang_router")  # fmt: skip
+EVICTIONS = tuple(ORDERS)
+CHOICES: tuple[tuple[str, Collection[str]], ...] = (
+    ("design", DESIGNS), ("transfer", MODES), ("policy", POLICIES), ("eviction", EVICTIONS),
+)  # fmt: skip
 ROLES = {"P": "prefill", "D": "decode", "C": "both"}
 
 
@@ -72,12 +77,14 @@ class Options:
     roles: str | Sequence[str] | None = None
     transfer: str = "by_request_agg"
     communicators: int = 1
+    ordered: bool = False
     policy: str = "prompt_tree_cost"
     fetch: bool = True
     guard_s: float | None = None
     decode_slack: int = 4
     tree_ttl_s: float = 120.0
     local_ttl_s: float | None = None
+    eviction: str = "lru"
     swap: bool = True
     swap_low: float = 0.1
     swap_high: float = 0.2
@@ -98,7 +105,7 @@ class Options:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ConfigError(f"system.{unknown[0]} is unknown; choose of: {', '.join(known)}")
-        for key, choice in (("design", DESIGNS), ("transfer", MODES), ("policy", POLICIES)):
+        for key, choice in CHOICES:
             if values.get(key, getattr(cls(), key)) not in choice:
                 raise ConfigError(f"system.{key}={values[key]!r} is unknown; choose one of: {', '.join(choice)}")
         if "planner" in values and not isinstance(values["planner"], Planner):

@@ -90,12 +90,14 @@ class Handover:
     # ------------------------------------------------------------ P -> D
 
     def send(self, job: Job, out: list[Command], after: int | None = None) -> bool:
-        """Hand a prompt's KV over, by layer while step `after` computes it. False: no room there yet."""
+        """Hand a prompt's KV over, by layer while step `after` computes it. False: no room, or not its turn yet."""
         src, dst = self.sites[job.prefill_at], self.sites[job.decode_at]
         if dst.pool.dead:
             if after is None:
                 self.adrift(job.decode_at, job)
             return True
+        if self.options.ordered and any(move.src is src.pool for _, move in self.copies.values()):
+            return False  # its turn comes when the copy before it has ended
         text, lease, hit = job.text(job.target), None, 0
         if self.design.decode_caches:
             hit = dst.pool.match(text, job.target).hbm

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from common.types import Content
 from systems.memserve.mempool import Transfer
 from systems.memserve.tree import Lease
@@ -13,7 +11,6 @@ class Job:
     """Tokens known = prompt and generated so far. The lease pins what it reads at the instance where it is."""
 
     __slots__ = (
-        "aim",
         "computed",
         "content",
         "copy",
@@ -29,12 +26,10 @@ class Job:
         "prompt",
         "ready",
         "request_id",
-        "resume",
         "session",
         "shared",
         "stored",
         "target",
-        "tries",
     )  # fmt: skip
 
     def __init__(self, request_id: int, prompt: int, max_output: int, content: Content | None, session: int) -> None:
@@ -56,9 +51,12 @@ class Job:
         self.ready = False  # decode: its KV is here, it only has to join
         self.lease: Lease | None = None
         self.copy: Transfer | None = None
-        self.aim: Any = None
-        self.resume: Any = None
-        self.tries = 0
+
+    def restart(self) -> None:
+        """Its KV is gone: it is to be computed anew, but for what it has said."""
+        self.lease = self.copy = None
+        self.shared = self.computed = self.owned = self.stored = 0
+        self.ready = self.decoding = False
 
     def text(self, tokens: int) -> Content:
         """Content of the first `tokens` tokens: the prompt, then the request's own output."""

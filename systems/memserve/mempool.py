@@ -20,14 +20,15 @@ __all__ = ["AddrList", "Extent", "MemPool", "Swap", "Transfer"]
 
 
 class MemPool:
-    """See the module docstring. `ids`: fresh command ids."""
+    """See the module docstring. `ids`: fresh command ids; `order`: of eviction."""
 
-    def __init__(self, info: InstanceInfo, num_blocks: int, block_size: int, ids: Callable[[], int]) -> None:
+    def __init__(self, info: InstanceInfo, num_blocks: int, block_size: int, ids: Callable[[], int],
+                 order: str = "lru") -> None:  # fmt: skip
         self.instance = info.instance
         self.layers: Layers = (0, info.num_layers)
         self.size = block_size
         self.ids = ids
-        self.tree = PoolTree(block_size)
+        self.tree = PoolTree(block_size, order)
         self.total = {Tier.HBM: num_blocks, Tier.DRAM: info.host_cells // info.num_layers}
         self.free = dict(self.total)
         self.active = {Tier.HBM: 0, Tier.DRAM: 0}
@@ -132,7 +133,7 @@ class MemPool:
     # ------------------------------------------------------------ eviction
 
     def evict(self, num_blocks: int, out: list[Command], tier: Tier = Tier.HBM) -> None:
-        """LRU by leaf (ours: the paper names no policy); below what leaves HBM nothing stays in DRAM."""
+        """Leaf by leaf, in the tree's order (the paper names none); below what leaves HBM nothing stays in DRAM."""
         while num_blocks > 0:
             node = self.tree.oldest(tier, num_blocks)
             assert node is not None, "evictable blocks without an unpinned leaf"
@@ -157,7 +158,7 @@ class MemPool:
     # ------------------------------------------------------------ swap_out, swap_in
 
     def swap_out(self, num_blocks: int, out: list[Command]) -> int:
-        """HBM -> DRAM; the pool picks its least recently used leaves. Returns blocks on their way."""
+        """HBM -> DRAM; the pool picks leaves as for eviction. Returns blocks on their way."""
         begun = 0
         while begun < num_blocks:
             node = self.tree.oldest(Tier.HBM, num_blocks - begun)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 from common.errors import ContractError
@@ -11,19 +12,49 @@ from common.types import Content, Tier
 
 
 class Node(radix.Node):
-    """An edge in one tier. `num_hbm`: children in HBM or on their way. Its run ends where its blocks do."""
+    """An edge in one tier. `num_hbm`: children in HBM or on their way; `born`: when it was stored; `releases`: that
+    ended here, at least. Its run ends where its blocks do."""
 
-    __slots__ = ("alive", "num_hbm", "tier")
+    __slots__ = ("alive", "born", "num_hbm", "releases", "tier")
 
     def __init__(self, parent: Node | None, key: Content, run: Run, num_blocks: int, tier: Tier | None) -> None:
         super().__init__(parent, key, run, num_blocks)
         self.tier = tier
         self.num_hbm = 0
+        self.born = 0
+        self.releases = 0
         self.alive = True
 
     def up(self) -> Node:
         """Its parent."""
         return cast(Node, self.parent)
+
+    def hand_up(self) -> None:
+        """Its last use becomes its parent's: it leaves the parent's tier, or for good."""
+        parent = self.up()
+        parent.releases = max(parent.releases, self.releases)
+        if self.used > parent.used:
+            parent.used, parent.tick = self.used, self.tick
+
+
+def _lru(node: Node) -> tuple[int, int]:
+    return node.used, 0
+
+
+def _fifo(node: Node) -> tuple[int, int]:
+    return node.born, 0
+
+
+def _lfu(node: Node) -> tuple[int, int]:
+    return node.releases, node.used
+
+
+def _largest(node: Node) -> tuple[int, int]:
+    return -node.num_blocks, node.used
+
+
+# which leaf goes first: the least of these (the paper names no order; SGLang's is LRU)
+ORDERS: dict[str, Callable[[Node], tuple[int, int]]] = {"lru": _lru, "fifo": _fifo, "lfu": _lfu, "largest": _largest}
 
 
 class Lease:

@@ -28,12 +28,12 @@ from common.types import (
     Status,
     StepDone,
     SwapDone,
-    Tier,
     TimerFired,
 )  # fmt: skip
 from systems.memserve.config import Options
 from systems.memserve.handover import Handover
 from systems.memserve.job import Job
+from systems.memserve.limbo import Limbo
 from systems.memserve.manager import ClusterManager, Heard
 from systems.memserve.scheduler import GlobalScheduler
 from systems.memserve.site import Flow, Site
@@ -59,8 +59,7 @@ class MemServePolicy:
         self._next_id = 0
         self._starts: dict[int, int] = {}
         self._starting: set[int] = set()
-        self._limbo: dict[int, list[Job]] = {}  # dead instance -> requests that wait for its death to be known
-        self._orphans: list[Job] = []  # no member could take them
+        self.limbo = Limbo()
         self._epoch = 0
         self._now = 0
         self._out: list[Command] = []
@@ -111,11 +110,8 @@ class MemServePolicy:
         for instance, site in self.sites.items():
             if site.pool.dead:
                 continue
-            info, pool, lane = self.cluster.instances[instance], site.pool, site.lane
-            used = pool.total[Tier.HBM] - pool.free[Tier.HBM] - pool.tree.evictable[Tier.HBM]
-            param_bytes = info.num_layers * info.layer_param_bytes
-            yield Gauge(instance, len(lane.running), len(lane.waiting), used, pool.total[Tier.HBM],
-                        pool.tree.evictable[Tier.HBM], param_bytes=param_bytes)  # fmt: skip
+            info = self.cluster.instances[instance]
+            yield site.gauge(info.num_layers * info.layer_param_bytes)
 
     # ------------------------------------------------------------ dispatch
 
@@ -127,7 +123,7 @@ class MemServePolicy:
     def _dispatch(self, job: Job, out: list[Command]) -> None:
         decision = self.gs.route(self._now, job.request_id, job.text(job.known), job.known, job.session)
         if decision is None:
-            self._orphans.append(job)
+            self.limbo.orphan(job)
             return
         job.prefill_at, job.decode_at = decision.prefill, decision.decode
         job.leaves = decision.prefill != decision.decode
@@ -240,14 +236,13 @@ class MemServePolicy:
         known = dict(view)
         for instance in [one for one, start in self.gs.members.items() if known.get(one, -1) != start]:
             self.gs.leave(instance)
-            for job in self._limbo.pop(instance, ()):
+            for job in self.limbo.died(instance):
                 self._go_on(job, out)
         new = [one for one in known if one not in self.gs.members]
         for instance in new:
             self.gs.join(instance, known[instance])
         if new:
-            orphans, self._orphans = self._orphans, []
-            for job in orphans:
+            for job in self.limbo.joined():
                 self._go_on(job, out)
 
     # ------------------------------------------------------------ membership
@@ -293,21 +288,13 @@ class MemServePolicy:
                 other.pending = type(other.pending)(job for job in other.pending if job not in jobs)
         for job in jobs:
             if job not in waiting:
-                self._reset(job)
+                job.restart()
             self._adrift(site.instance, job)
 
-    def _reset(self, job: Job) -> None:
-        """Its KV is gone: it is to be computed anew, but for what it has said."""
-        job.lease = job.copy = None
-        job.shared = job.computed = job.owned = job.stored = 0
-        job.ready = job.decoding = False
-
     def _adrift(self, instance: int, job: Job) -> None:
-        for waiting in (self._orphans, *self._limbo.values()):  # its P may die while it waits for its D's death
-            if job in waiting:
-                waiting.remove(job)
+        self.limbo.forget(job)
         if instance in self.gs.members:
-            self._limbo.setdefault(instance, []).append(job)
+            self.limbo.wait_for(instance, job)
         else:
             self._go_on(job, self._out)
 
@@ -320,7 +307,7 @@ class MemServePolicy:
             return
         decode = self.gs.pick_decode(self._now, job.text(job.target), job.target)
         if decode < 0:
-            self._orphans.append(job)
+            self.limbo.orphan(job)
             return
         job.decode_at = decode
         self.gs.decodes[decode][job.request_id] = job.target

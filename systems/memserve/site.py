@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from common.policy import Gauge
 from common.sched.lane import EngineConfig
 from common.types import Command, InstanceInfo, Tier
 from systems.memserve.config import DESIGNS, Options
@@ -46,7 +47,7 @@ class Site:
         self.instance = info.instance
         self.role = role
         self.caches = design.decode_caches if role == "decode" else design.prefill_caches
-        self.pool = MemPool(info, num_blocks, engine.block_size, ids)
+        self.pool = MemPool(info, num_blocks, engine.block_size, ids, options.eviction)
         self.lane = PoolLane(lane_id, self.pool, engine, self.caches)
         self.homed: dict[int, Job] = {}  # whose KV is here, or who waits for it to be
         self.pending: deque[Job] = deque()  # prefilled elsewhere, waiting for room here
@@ -61,6 +62,14 @@ class Site:
         total, free = pool.total[Tier.HBM], pool.free[Tier.HBM]
         if free < self._low * total:
             pool.swap_out(int(self._high * total) - free, out)
+
+    def gauge(self, param_bytes: int) -> Gauge:
+        """What it holds now."""
+        pool, lane = self.pool, self.lane
+        total, evictable = pool.total[Tier.HBM], pool.tree.evictable[Tier.HBM]
+        used = total - pool.free[Tier.HBM] - evictable
+        return Gauge(self.instance, len(lane.running), len(lane.waiting), used, total, evictable,
+                     param_bytes=param_bytes)  # fmt: skip
 
     def refusal(self, job: Job) -> str | None:
         """Why this request can never run here, or None."""

@@ -1,8 +1,9 @@
 """The pool's index: a radix tree of full blocks whose nodes say in which tier their blocks are (MemServe 4.2).
 
-What is in HBM is closed under prefixes: eviction and swap-out take the least recently released leaf, from its tail. So
-a path reads HBM first, then DRAM. A node whose tier is None is on its way between tiers: nobody reads it, nothing is
-inserted behind it. Walks are `common.kv.radix`: O(pieces) of a content, however many blocks they name.
+What is in HBM is closed under prefixes: eviction and swap-out take a leaf, from its tail: the least recently released
+one, or by another of `node.ORDERS`. So a path reads HBM first, then DRAM. A node whose tier is None is on its way
+between tiers: nobody reads it, nothing is inserted behind it. Walks are `common.kv.radix`:
+O(pieces) of a content, however many blocks they name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from common.kv import radix
 from common.kv.content import length, normalise, slice
 from common.kv.radix import Run
 from common.types import Content, Tier
-from systems.memserve.node import Found, Gone, Inserted, Lease, Node, held_node
+from systems.memserve.node import ORDERS, Found, Gone, Inserted, Lease, Node, held_node
 
 __all__ = ["Found", "Gone", "Inserted", "Lease", "Node", "PoolTree"]
 
@@ -24,14 +25,15 @@ __all__ = ["Found", "Gone", "Inserted", "Lease", "Node", "PoolTree"]
 class PoolTree:
     """Cached blocks of one instance, in both tiers."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, order: str = "lru") -> None:
         self.size = block_size
+        self._rank, self._by_time = ORDERS[order], order == "lru"
         self.cached: dict[Tier | None, int] = {Tier.HBM: 0, Tier.DRAM: 0, None: 0}
         self.evictable: dict[Tier | None, int] = {Tier.HBM: 0, Tier.DRAM: 0, None: 0}
         self.num_leases = 0
         self.tick = 0
         self._root = Node(None, (), Run(None, 0, ()), 0, Tier.HBM)
-        self._heaps: dict[Tier, list[tuple[int, int, Node]]] = {Tier.HBM: [], Tier.DRAM: []}
+        self._heaps: dict[Tier, list[tuple[tuple[int, int], int, Node]]] = {Tier.HBM: [], Tier.DRAM: []}
         self._uses = 0
         self._pushes = 0
 
@@ -68,6 +70,7 @@ class PoolTree:
         node = held_node(lease)
         self._uses += 1
         node.used, node.tick, lease.node = self._uses, self.tick, None
+        node.releases += 1
         self.num_leases -= 1
         self.unpin(node)
 
@@ -124,14 +127,17 @@ class PoolTree:
     # ------------------------------------------------------------ eviction
 
     def oldest(self, tier: Tier, num_blocks: int) -> Node | None:
-        """The unpinned leaf of a tier that was released longest ago, cut to its last `num_blocks`. None: there is none.
+        """The unpinned leaf of a tier that goes first, cut to its last `num_blocks`. None: there is none.
 
         The caller drops it or moves it, at once.
         """
         heap = self._heaps[tier]
         while heap:
-            used, _, node = heappop(heap)
-            if not node.alive or node.tier is not tier or node.used != used or not self._is_leaf(node):
+            rank, _, node = heappop(heap)
+            if not node.alive or node.tier is not tier or not self._is_leaf(node):
+                continue
+            if self._rank(node) != rank:
+                self._offer(node)
                 continue
             if node.num_blocks > num_blocks:
                 self._cut(node, node.start + (node.num_blocks - num_blocks) * self.size)
@@ -153,8 +159,7 @@ class PoolTree:
             parent, step.alive = step.up(), False
             del parent.children[step.key]
             parent.num_hbm -= step.tier is not Tier.DRAM
-            if step.used > parent.used:
-                parent.used, parent.tick = step.used, step.tick
+            step.hand_up()
         self._offer(node.up())
         return gone
 
@@ -163,8 +168,7 @@ class PoolTree:
         before, node.tier = node.tier, tier
         parent = node.up()
         parent.num_hbm += (tier is not Tier.DRAM) - (before is not Tier.DRAM)
-        if node.used > parent.used:
-            parent.used, parent.tick = node.used, node.tick
+        node.hand_up()
         self.cached[before] -= node.num_blocks
         self.cached[tier] += node.num_blocks
         if not node.pins:
@@ -191,6 +195,9 @@ class PoolTree:
 
     def expired(self, tier: Tier, older_than: int) -> Node | None:
         """The oldest leaf of a tier, if its last release came before `older_than`."""
+        if not self._by_time:  # no heap is in the order of time: look at them all
+            return next((node for node in self.nodes()
+                         if node.tier is tier and node.tick < older_than and self._is_leaf(node)), None)  # fmt: skip
         node = self.oldest(tier, 1 << 40)
         if node is not None and node.tick >= older_than:
             self._offer(node)
@@ -220,7 +227,7 @@ class PoolTree:
     def _offer(self, node: Node) -> None:
         if node.tier is not None and self._is_leaf(node):
             self._pushes += 1
-            heappush(self._heaps[node.tier], (node.used, self._pushes, node))
+            heappush(self._heaps[node.tier], (self._rank(node), self._pushes, node))
 
     def _cut(self, node: Node, tokens: int) -> Node:
         """As `radix.cut`: the new upper half ends at `tokens`, `node` keeps its end."""
@@ -232,6 +239,7 @@ class PoolTree:
         upper = Node(parent, node.key, Run(run.prefix, run.start, slice(run.pieces, 0, at)), num_upper, node.tier)
         upper.pins = 1 if node.pins else 0
         upper.used, upper.tick = node.used, node.tick
+        upper.born, upper.releases = node.born, node.releases
         upper.num_hbm = int(node.tier is not Tier.DRAM)
         parent.children[node.key] = upper
         node.run = Run(upper.run, tokens, slice(run.pieces, at, length(run.pieces)))
@@ -248,6 +256,7 @@ class PoolTree:
         start = node.start + node.num_blocks * self.size
         child = Node(node, key, Run(node.run, start, pieces), num, tier)
         node.children[key] = child
+        child.born = self._uses
         node.num_hbm += 1
         self.cached[tier] += num
         self.evictable[tier] += num

@@ -12,7 +12,10 @@ from common.executors.sim import SimExecutor
 from common.record import RequestColumns, RunRecord
 from common.sched.lane import EngineConfig
 from common.types import RequestStatus, Rule, Tier
-from systems.memserve.config import DESIGNS, MODES, POLICIES, Options, Planner
+from systems.memserve.config import DESIGNS, EVICTIONS, MODES, POLICIES, Options, Planner
+from systems.memserve.job import Job
+from systems.memserve.mempool import MemPool
+from systems.memserve.node import Lease
 from systems.memserve.policy import MemServePolicy
 from tests.fakes import FakeWorkload, cluster
 
@@ -42,6 +45,7 @@ class Scenario:
     losses: tuple[tuple[int, int], ...] = ()  # (x 100 us, instance)
     message_seed: int = -1
     max_leap: int | None = None
+    layers: int = 4
 
     def workload(self) -> FakeWorkload:
         last: dict[int, int] = {}
@@ -66,7 +70,7 @@ class Scenario:
         return EngineConfig(16, self.budget, self.max_num_seqs, self.rule, False, 0.0, self.max_leap, 1 << 20)
 
     def model(self):
-        return cluster(self.instances, self.blocks, 4, 16, host_blocks=self.host_blocks, startup_ns=3 * MS)
+        return cluster(self.instances, self.blocks, self.layers, 16, host_blocks=self.host_blocks, startup_ns=3 * MS)
 
     def policy(self) -> MemServePolicy:
         return MemServePolicy(self.model().info(), self.engine(), self.options)
@@ -112,13 +116,27 @@ class Judge:
             if pool.dead or not state.up[instance]:
                 continue
             pool.check()
+            for job in site.homed.values():
+                self._readable(pool, job, job.lease)
             if state.ready or self._answers_under_way():
                 continue
-            used = 4 * (pool.total[Tier.HBM] - pool.free[Tier.HBM])
-            assert memory.cached == 4 * pool.tree.cached[Tier.HBM], "cached blocks"
-            assert used - 4 * site.lane._grant <= memory.used <= used, "used blocks"
-            assert memory.host_used == 4 * (pool.total[Tier.DRAM] - pool.free[Tier.DRAM]), "host blocks"
-            assert memory.host_cached == 4 * pool.tree.cached[Tier.DRAM], "cached host blocks"
+            cells = pool.layers[1]  # of a block
+            used = cells * (pool.total[Tier.HBM] - pool.free[Tier.HBM])
+            assert memory.cached == cells * pool.tree.cached[Tier.HBM], "cached blocks"
+            assert used - cells * site.lane._grant <= memory.used <= used, "used blocks"
+            assert memory.host_used == cells * (pool.total[Tier.DRAM] - pool.free[Tier.DRAM]), "host blocks"
+            assert memory.host_cached == cells * pool.tree.cached[Tier.DRAM], "cached host blocks"
+
+        for pending, move in self.policy.moves.copies.values():
+            if not move.dst.dead and self.policy.sites[move.dst.instance].pool is move.dst:
+                self._readable(move.dst, pending.job, move.lease)
+
+    @staticmethod
+    def _readable(pool: MemPool, job: Job, lease: Lease | None) -> None:
+        """No block of a live match is evicted or swapped out."""
+        if lease is not None and lease.node is not None:
+            found = pool.match(job.text(max(lease.tokens, job.known)), lease.tokens).hbm
+            assert found == lease.tokens, f"request {job.request_id}: {found} of {lease.tokens} pinned tokens are there"
 
     def _answers_under_way(self) -> bool:
         """The event about to be told has already changed the executor's counts."""
@@ -163,18 +181,22 @@ def finish(policy: MemServePolicy, executor: SimExecutor) -> None:
             assert not pool.tree.num_leases and not pool.tree.cached[None], "a lease or a swap is left"
             assert not any(pool.active.values()) and not any(pool.moving.values()), "blocks are left"
             assert not site.homed and not site.pending and not site.lane.waiting
-    assert not policy.moves.copies and not policy._orphans and not any(policy._limbo.values())
+    assert not policy.moves.copies and not len(policy.limbo)
 
 
 @st.composite
-def scenarios(draw, losses=False, designs=tuple(DESIGNS), max_turns=12, pressure=False):
+def scenarios(draw, losses=False, designs=tuple(DESIGNS), max_turns=12, pressure=False, layers=4):
     sessions = draw(st.integers(3 if pressure else 1, 4))
+    opening = (0, 1, 0) if pressure else ()  # two sessions of one document, one of them with a second turn
+    gaps = (0, 0, 0, 1, 5) if pressure else (0, 0, 1, 5, 20)
+    replies = (1, 5, 16, 33, 40) if pressure else (1, 2, 5, 16, 20, 33)
     turns = tuple(
-        Turn(draw(st.integers(0, sessions - 1)), draw(st.sampled_from((0, 0, 1, 5, 20))),
-             draw(st.sampled_from((1, 5, 15, 16, 17, 40))), draw(st.sampled_from((1, 2, 5, 16, 20, 33))))
-        for _ in range(draw(st.integers(6 if pressure else 1, max_turns)))
+        Turn(opening[place] if place < len(opening) else draw(st.integers(0, sessions - 1)),
+             draw(st.sampled_from(gaps)), draw(st.sampled_from((1, 5, 15, 16, 17, 40))), draw(st.sampled_from(replies)))
+        for place in range(draw(st.integers(6 if pressure else 1, max_turns)))
     )  # fmt: skip
-    document = tuple(draw(st.sampled_from((0, 0, 16, 48, 50))) for _ in range(sessions))
+    document = tuple(draw(st.sampled_from((16, 48, 50) if pressure and session < 2 else (0, 0, 16, 48, 50)))
+                     for session in range(sessions))  # fmt: skip
     design = draw(st.sampled_from(designs))
     instances = draw(st.integers(2, 4))
     roles = None
@@ -185,17 +207,19 @@ def scenarios(draw, losses=False, designs=tuple(DESIGNS), max_turns=12, pressure
             roles = "1P1D"
     options = Options(
         design=design, roles=roles, transfer=draw(st.sampled_from(MODES)), policy=draw(st.sampled_from(POLICIES)),
-        fetch=draw(st.booleans()), guard_s=draw(st.sampled_from((None, 0.0001))), swap=draw(st.booleans()),
+        fetch=draw(st.booleans()), guard_s=draw(st.sampled_from((None, 0.0001))),
+        swap=draw(st.sampled_from((True, True, False) if pressure else (True, False))),
         swap_low=draw(st.sampled_from((0.1, 0.5))), swap_high=draw(st.sampled_from((0.6, 0.9))),
-        local_ttl_s=draw(st.sampled_from((None, None, 0.002))), tree_ttl_s=draw(st.sampled_from((0.001, 10.0))),
-        heartbeat_s=0.0005, timeout_s=0.0015, restart=losses, planner=PLANNER,
+        local_ttl_s=draw(st.sampled_from((None, None, 0.002))), eviction=draw(st.sampled_from(EVICTIONS)),
+        tree_ttl_s=draw(st.sampled_from((0.001, 10.0, 10.0) if pressure else (0.001, 10.0))),
+        heartbeat_s=0.0005, timeout_s=0.0015, restart=losses, planner=PLANNER, ordered=len(turns) % 2 == 0,
     )  # fmt: skip
     longest = _longest(turns, document)
     blocks = longest + draw(st.sampled_from((1, 2, 3) if pressure else (1, 2, 4, 10, 60)))
     scenario = Scenario(
-        turns, document, options, instances, blocks, draw(st.sampled_from((0, 2, 40))),
+        turns, document, options, instances, blocks, draw(st.sampled_from((2, 40, 40) if pressure else (0, 2, 40))),
         draw(st.sampled_from((Rule.CHUNKED, Rule.CHUNKED, Rule.PREFILL_FIRST, Rule.SARATHI))),
-        draw(st.sampled_from((24, 64, 1024))), draw(st.sampled_from((1, 3, 8))),
+        draw(st.sampled_from((24, 64, 1024))), draw(st.sampled_from((1, 3, 8))), layers=layers,
     )  # fmt: skip
     if scenario.rule is Rule.PREFILL_FIRST:
         scenario = replace(scenario, budget=1024)

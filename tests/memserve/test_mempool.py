@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 from common.errors import ContractError
 from common.types import CopySpan, FreeSpan, InstanceInfo, Status, SwapSpan, Tier
 from systems.memserve.mempool import MemPool
+from systems.memserve.node import ORDERS
 from tests.laws.strategies import law
 
 HBM, DRAM = Tier.HBM, Tier.DRAM
 DOC = (("doc", 0, 64),)
 
 
-def pool(blocks=8, host=4, instance=0):
+def pool(blocks=8, host=4, instance=0, order="lru"):
     ids = itertools.count(1000 * instance + 1)
-    return MemPool(InstanceInfo(instance, 4, blocks * 4, 4096, 0, host_cells=host * 4), blocks, 16, lambda: next(ids))
+    return MemPool(InstanceInfo(instance, 4, blocks * 4, 4096, 0, host_cells=host * 4), blocks, 16, lambda: next(ids),
+                   order)  # fmt: skip
 
 
 def state(p):
@@ -78,6 +80,31 @@ def test_eviction_is_lru_by_leaf_and_named():
     p.evict(1, out)
     assert out == [FreeSpan(0, None, tokens=(48, 64), cached_blocks=1, content=DOC)]
     assert p.match(other, 64).hbm == 64 and p.match(DOC, 64).hbm == 48
+
+
+def test_orders_of_eviction():
+    """Three documents: a of 1 block is the oldest, b of 3 blocks is read often, c of 2 blocks was read last."""
+    sizes = {"a": 16, "b": 48, "c": 32}
+    for order, first in (("lru", "b"), ("fifo", "a"), ("lfu", "c"), ("largest", "b")):
+        p, out = pool(order=order), []
+        for name, tokens in sizes.items():
+            fill(p, ((name, 0, tokens),), tokens, out)
+        for name in "bbbaac":
+            p.unpin(p.pin(((name, 0, sizes[name]),), sizes[name]))
+        out.clear()
+        p.evict(1, out)
+        assert out[0].content[0][0] == first, order
+        p.check()
+
+
+def test_ttl_in_another_order_than_time():
+    p, out = pool(order="largest"), []
+    fill(p, (("small", 0, 16),), 16, out)
+    p.tree.tick = 10
+    fill(p, (("large", 0, 48),), 48, out)
+    p.expire(10, out)
+    assert (p.match((("small", 0, 16),), 16).hbm, p.match((("large", 0, 48),), 48).hbm) == (0, 48)
+    p.check()
 
 
 def test_delete_stops_at_what_others_share():
@@ -181,10 +208,10 @@ CALLS = st.lists(st.tuples(st.sampled_from(("fill", "pin", "unpin", "out", "in",
 
 
 @law(200)
-@given(CALLS)
-def test_any_calls_keep_the_ledger(calls):
-    """And no block of a live match is ever evicted."""
-    p, out, leases, swaps, held = pool(10, 6), [], [], [], []
+@given(CALLS, st.sampled_from(list(ORDERS)))
+def test_any_calls_keep_the_ledger(calls, order):
+    """And no block of a live match is ever evicted, in any order of eviction."""
+    p, out, leases, swaps, held = pool(10, 6, order=order), [], [], [], []
     for call, a, b in calls:
         content = CONTENTS[a]
         total = sum(piece[2] for piece in content)
