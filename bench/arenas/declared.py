@@ -83,7 +83,8 @@ def load(name: str) -> Arena:
     slo = own.get("slo", shared["slo"])
     targets = [f"slo.{key}={value}" for key, value in slo.items()]
     axes = {system: {**axes, **(own.get("axes", {}) if system in own.get("static", ()) else {})}
-            for system, axes in shared["axes"].items()}  # fmt: skip
+            for system, axes in shared["axes"].items()
+            if system in own.get("systems", shared["axes"])}  # fmt: skip
     return Arena(
         name, own["question"], (*shared["common"], *own["workload"], *targets), Objective(**own["objective"]),
         tuple(shared["seeds"]), own.get("tuning_seed", shared["tuning_seed"]), axes, own.get("needs"),
