@@ -50,5 +50,7 @@ def measured(overrides: Sequence[str]) -> Summary:
         config, record = run(overrides)
     except KVPlaneError as error:
         return {"error": " ".join(str(error).split())[:200]}
+    if record.stopped == "interrupted":
+        raise KeyboardInterrupt
     summary = summarize(record, config.slo, gpus_per_instance(config))
     return {**{key: summary.get(key) for key in KEPT}, **({"error": record.stopped} if record.stopped else {})}

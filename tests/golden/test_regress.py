@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import regress
-from bench.golden import HARNESS, KEYS, SYSTEMS, Matrix
+from bench.golden import KEYS, SYSTEMS, Matrix
 from common.cost.model import InstanceCost
 from common.executors.memory import InstanceMemory
 
@@ -47,25 +47,26 @@ def test_five_percent_in_one_cost_constant_is_caught_and_named(
     assert "kunserve: poisson, seed 0: mean_tpot_ms was " in out and "(+" in out and "mell: burst" in out
 
 
+@pytest.mark.parametrize("case", ["kunserve: poisson", "infinite_llm: burst, little memory", "memserve: sessions"])
 def test_a_block_dropped_in_a_pool_is_caught_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
-    """Of each instance once. In a pool that never fills nobody would notice: this one does fill."""
-    cases = {"burst, little memory": HARNESS.cases["burst, little memory"]}
-    matrix = replace(HARNESS, baseline=tmp_path / "some.json", cases=cases, seeds=(0,))
+    """Once, on one instance. In a pool that never fills nobody notices until the run is over; then the law does."""
+    matrix = pick(tmp_path, case)
     assert regress.main(["--bless", "--reason", "first"], [matrix]) == 0
     give = InstanceMemory.give
     dropped: list[InstanceMemory] = []
 
     def leaky(self: InstanceMemory, cells: int) -> None:
-        lost = self.info.num_layers if self not in dropped else 0
-        dropped.append(self)
+        lost = 0 if dropped or cells < self.info.num_layers else self.info.num_layers
+        dropped.extend([self] * bool(lost))
         give(self, cells - lost)
 
     monkeypatch.setattr(InstanceMemory, "give", leaky)
     capsys.readouterr()
     assert regress.main([], [matrix]) == 1
-    assert "burst, little memory, seed 0: raised ContractError: instance" in capsys.readouterr().out
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith(case)]
+    assert f"{case}, seed 0: raised ContractError: instance {dropped[0].info.instance}" in line, line
 
 
 def test_blessing_needs_a_reason_and_keeps_the_old_ones(blessed: Matrix, capsys: pytest.CaptureFixture[str]) -> None:
