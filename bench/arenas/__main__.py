@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from typing import Any
 
 from bench.arenas.declared import Arena, load, names
 from bench.arenas.play import RESULTS, play
@@ -20,7 +21,7 @@ from common.provenance import git_state
 from common.results import replacing
 
 
-def present(result: dict[str, object], arena: Arena) -> None:
+def present(result: dict[str, Any], arena: Arena) -> None:
     """The table and the figure of what was measured."""
     from bench.arenas.figure import draw
 
