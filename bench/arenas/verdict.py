@@ -105,6 +105,12 @@ def sentences(result: dict[str, Any]) -> list[str]:
     worse = [f"{name} {found}" for name, found, way in others if found.sure and found.value * way < 0]
     out.append(f"Against {base['system']} at its best it is better in {', '.join(better) or 'nothing that is sure'}.")
     out.append(f"It loses to it in {', '.join(worse) or 'nothing that is sure'}.")
+    refused = {row["system"]: mean(row, "rejected") for row in order}
+    if any(refused.values()):
+        none = ", ".join(name for name, number in refused.items() if not number) or "nobody"
+        out.append(f"It refused {refused[winner['system']]:.1f} requests a run; {none} refused none. Refused requests "
+                   "miss their targets; latencies, throughput and JCT are of finished requests only, so rows that "
+                   "refuse the hard requests look faster than those that serve them.")  # fmt: skip
     out.append(f"A run moved {_moved(winner)}; {base['system']} {_moved(base)}.")
     return out
 
