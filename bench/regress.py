@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.golden import HARNESS, SYSTEMS, Matrix, moved
+from bench.harness import exit_with
 from bench.regress_parts import Check, accuracy_check, micro_check
 from common.results import replacing
 
@@ -88,8 +89,8 @@ def main(argv: Sequence[str] | None = None, matrices: Sequence[Matrix] = MATRICE
     if options.quick:
         matrices = [replace(matrix, seeds=matrix.seeds[:1]) for matrix in matrices]
     checks = [matrix_check(matrix) for matrix in matrices] if "matrix" in options.only else []
-    checks += [micro_check(options.quick)] if "micro" in options.only else []
     checks += [accuracy_check(options.quick)] if "accuracy" in options.only else []
+    checks += [micro_check(options.quick)] if "micro" in options.only else []
     if options.json:
         rows = [row for check in checks for row in check.rows]
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -131,4 +132,4 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)
