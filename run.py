@@ -199,6 +199,7 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
     """Run, write the results folder, print the table, draw. Raises KVPlaneError on what a user can mend."""
     from common.metrics import summarize
     from common.results import RunFolder
+    from common.spanning import gpus_per_instance
     from workloads.build import build
 
     if config.runtime.name not in ("sim", "local", "dist"):
@@ -214,7 +215,7 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
     workload_s = time.perf_counter() - begin
     done = replay(config, workload)
     record, engine = done.record, done.executor.report()
-    summary = {**summarize(record, config.slo, config.cluster.tp), **_context(workload, record)}
+    summary = {**summarize(record, config.slo, gpus_per_instance(config)), **_context(workload, record)}
     facts = {
         "system": config.system,
         "workload": config.workload_name,

@@ -1,8 +1,13 @@
-"""python -m bench.regress: fixed matrices of simulated runs, compared exactly with results/baselines/*.json.
+"""python -m bench.regress: has anything moved? Each of three checks says what and by how much; the exit code is 1.
 
-Names each cell and metric that moved and by how much, and exits 1. `--bless --reason "why"` writes new baselines and
-the reason into them. `--quick` takes the first seed only. `--json FILE` writes every metric in the shape that
-github-action-benchmark reads. Exit code 2: bad usage.
+matrix    two fixed matrices of simulated runs (the harness; four systems x four workloads x two seeds), exactly
+micro     kernels, engine and simulator against the code of a pinned commit, in turns in this run: a regression if
+          slower by more than 10% and significantly so, twice
+accuracy  simulated against measured, where the data is at hand: the mean error may not worsen by 5%, a part by 10%
+
+Baselines are results/baselines/*.json. `--bless --reason "why"` writes new ones (`micro` pins the current commit) and
+the reason into them. `--quick`: one seed, fewer rounds, the shorter measurement. `--only`: some of the checks.
+`--json FILE`: every number as github-action-benchmark reads it (customSmallerIsBetter). Exit code 2: bad usage.
 """
 
 from __future__ import annotations
@@ -16,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.golden import HARNESS, SYSTEMS, Matrix, moved
+from bench.harness import exit_with
+from bench.regress_parts import Check, accuracy_check, micro_check
 from common.results import replacing
 
 MATRICES = (HARNESS, SYSTEMS)
 UNITS = {"_ms": "ms", "_s": "s", "_seconds": "s", "_throughput": "tokens/s", "_share": "share", "_utilisation": "share",
          "bytes_moved": "bytes"}  # fmt: skip
+CHECKS = ("matrix", "micro", "accuracy")
 Cells = dict[str, dict[str, Any]]
 
 
@@ -62,36 +70,66 @@ def _unit(key: str) -> str:
     return next((unit for end, unit in UNITS.items() if key.endswith(end)), "count")
 
 
+def matrix_check(matrix: Matrix) -> Check:
+    """One matrix, measured and compared."""
+    cells, broken = measured(matrix)
+    changed = bool(compared(matrix, cells)) or matrix.read()["cells"].keys() != cells.keys()
+    return Check(
+        f"{len(matrix.cells())} cells of {matrix.baseline.name}", [*broken, *compared(matrix, cells)],
+        benchmark_rows(cells), [], broken=bool(broken), baseline=matrix.baseline.name,
+        bless=(lambda reason: bless(matrix, cells, reason)) if changed else None,
+    )  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None, matrices: Sequence[Matrix] = MATRICES) -> int:
     """0 nothing moved (or blessed), 1 something did, 2 bad usage."""
-    parser = argparse.ArgumentParser(prog="bench.regress", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the first seed only")
+    options = _options(argv)
+    if options is None:
+        return 2
+    if options.quick:
+        matrices = [replace(matrix, seeds=matrix.seeds[:1]) for matrix in matrices]
+    checks = [matrix_check(matrix) for matrix in matrices] if "matrix" in options.only else []
+    checks += [accuracy_check(options.quick)] if "accuracy" in options.only else []
+    checks += [micro_check(options.quick)] if "micro" in options.only else []
+    if options.json:
+        rows = [row for check in checks for row in check.rows]
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    for check in checks:
+        print("\n".join([*check.notes, *(check.lines or [f"{check.what} unchanged"])]))
+    if not options.bless:
+        return 1 if any(check.lines for check in checks) else 0
+    return _bless(checks, options.reason)
+
+
+def _bless(checks: Sequence[Check], reason: str) -> int:
+    if any(check.broken for check in checks):
+        print("error: cells that raise cannot be blessed", file=sys.stderr)
+        return 1
+    for check in checks:
+        if check.bless is not None:
+            check.bless(reason)
+            print(f"blessed {check.baseline}: {reason}")
+    return 0
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace | None:
+    parser = argparse.ArgumentParser(prog="bench.regress", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer rounds, the shorter measurement")
+    parser.add_argument("--only", default=",".join(CHECKS), metavar="CHECKS", help="some of %(default)s")
     parser.add_argument("--bless", action="store_true", help="write new baselines; needs --reason")
     parser.add_argument("--reason", metavar="WHY", help="why the numbers may move")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write [{name, unit, value}]")
     options = parser.parse_args(argv)
-    if options.bless != bool((options.reason or "").strip()) or (options.bless and options.quick):
+    options.only = options.only.split(",")
+    if not set(options.only) <= set(CHECKS):
+        print(f"error: --only takes {', '.join(CHECKS)}", file=sys.stderr)
+    elif options.bless != bool((options.reason or "").strip()) or (options.bless and options.quick):
         print('error: --bless and --reason "why" go together, and not with --quick', file=sys.stderr)
-        return 2
-    if options.quick:
-        matrices = [replace(matrix, seeds=matrix.seeds[:1]) for matrix in matrices]
-    results = [(matrix, *measured(matrix)) for matrix in matrices]
-    lines = [line for matrix, cells, broken in results for line in (*broken, *compared(matrix, cells))]
-    if options.json:
-        rows = [row for _, cells, _ in results for row in benchmark_rows(cells)]
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(lines) or f"{sum(len(matrix.cells()) for matrix in matrices)} cells unchanged")
-    if not options.bless:
-        return 1 if lines else 0
-    if any(broken for _, _, broken in results):
-        print("error: cells that raise cannot be blessed", file=sys.stderr)
-        return 1
-    for matrix, cells, _ in results:
-        if compared(matrix, cells) or matrix.read()["cells"].keys() != cells.keys():
-            bless(matrix, cells, options.reason)
-            print(f"blessed {matrix.baseline.name}: {options.reason}")
-    return 0
+    else:
+        return options
+    return None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

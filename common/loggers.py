@@ -13,6 +13,7 @@ from common.runs import LoadedRun, load_run
 
 KINDS = ("none", "wandb")
 MAX_TABLE_ROWS = 10_000
+SERIES = ("running", "waiting", "kv_used_blocks", "kv_cached_blocks", "moved_bytes")
 
 
 def log_run(
@@ -55,9 +56,27 @@ def _to_wandb(run: LoadedRun, figures: Sequence[Path], options: Mapping[str, Any
         content: dict[str, Any] = {f"figures/{p.stem}": wandb.Image(str(p)) for p in figures if p.suffix == ".png"}
         if run.requests:
             content["requests"] = _table(run)
+        for step in _series(run):
+            session.log(step)
         session.log(content)
     finally:
         session.finish()
+
+
+def _series(run: LoadedRun) -> list[dict[str, float]]:
+    """The run over its own time: sums over instances at each sample of the timeline."""
+    import numpy as np
+
+    from common.plots.series import samples, thin
+
+    out: list[dict[str, float]] = []
+    for name in SERIES:
+        times, _, values = samples(run, name)
+        times, total = thin(times, np.nansum(values, axis=1)) if len(times) else (times, times)
+        out = out or [{"time_s": float(time)} for time in times]
+        for step, value in zip(out, total):
+            step[f"timeline/{name}"] = float(value)
+    return out
 
 
 def _table(run: LoadedRun) -> Any:

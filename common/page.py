@@ -21,7 +21,8 @@ from common.runs import LoadedRun
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1080px;margin:2em auto;padding:0 1em}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}table{border-collapse:collapse;
 font-size:13px;margin:.6em 0;display:block;overflow-x:auto}td,th{padding:.2em .6em;text-align:right;border-bottom:1px
-solid #eee}td:first-child,th:first-child{text-align:left}td.best{font-weight:700;background:#e8f2fa}img{max-width:100%}
+solid #eee}td:first-child,th:first-child{text-align:left}td.best{font-weight:700;background:#e8f2fa}
+figure{margin:1em 0}img{max-width:100%;height:auto}
 .answer{font-size:1.08em;background:#f5f7f9;padding:.8em 1.1em;border-left:4px solid #0072B2}.warn{border-color:#D55E00}
 pre{font-size:12px;background:#f7f7f7;padding:.8em;overflow-x:auto}.note{color:#555;font-size:13px}"""
 HEADLINES = (
@@ -41,7 +42,8 @@ def page(runs: Sequence[LoadedRun], comparison: Comparison | None, figures: Sequ
     parts += ["<h2>Figures</h2>", *(_figure(path) for path in figures)]
     parts.append("<h2>Configuration and provenance</h2>")
     parts += [_details(run) for run in runs]
-    head = f'<head><meta charset="utf-8"/><title>{_text(title)}</title><style>{STYLE}</style></head>'
+    metas = '<meta charset="utf-8"/><meta name="viewport" content="width=device-width,initial-scale=1"/>'
+    head = f"<head>{metas}<title>{_text(title)}</title><style>{STYLE}</style></head>"
     return f'<!DOCTYPE html>\n<html lang="en">{head}<body>\n' + "\n".join(filter(None, parts)) + "\n</body></html>\n"
 
 

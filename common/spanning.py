@@ -44,3 +44,9 @@ def stage_cells(config: RunConfig, index: int) -> int:
             config.traits,
         )  # fmt: skip
     return blocks * (high - low)
+
+
+def gpus_per_instance(config: RunConfig) -> int:
+    """GPUs that one instance of the cluster model stands for: a whole node's where the cluster is one instance."""
+    whole = config.system_options.get("span") == "cluster"
+    return (spanning(config) if whole else config).cluster.tp

@@ -1,12 +1,19 @@
-"""A sweep: Hydra's multirun over the configuration. Each job is one run, and a job that fails fails alone."""
+"""A sweep: Hydra's multirun over the configuration. Each job is one run, and a job that fails fails alone.
+
+Jobs may run in other processes (`hydra/launcher=`), so each leaves its outcome in a file of a folder of the sweep.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +22,9 @@ from common.cost.profiles import with_profile
 from common.errors import ConfigError, KVPlaneError
 
 ALL = ("vllm", "kunserve", "infinite_llm", "memserve", "mell")  # what system=all means
+LAUNCHERS = {"basic": None, "joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit",
+             "ray": "ray", "ray_aws": "ray"}  # fmt: skip
+"""Hydra's launchers by the plugin that they come from: hydra-<plugin>-launcher."""
 
 
 class Outcome(Protocol):
@@ -99,53 +109,81 @@ def plan(arguments: Sequence[str]) -> Plan:
 
 def run_sweep(sweep: Plan, execute: Execute, say: Callable[[str], None]) -> list[Job]:
     """Every job of the sweep, in Hydra's order; `say` gets a line when a job begins and when it ends."""
+    check_launcher(sweep.arguments)
     sweep, jobs = _composable(sweep, say)
-    runner = _Runner(sweep, execute, say, jobs)
+    results = next((_value(text) for text in sweep.arguments if _key(text) == "run.results"), "results/runs")
+    Path(results).mkdir(parents=True, exist_ok=True)
+    outcomes = Path(tempfile.mkdtemp(prefix=".sweep-", dir=results)).absolute()
     import hydra
 
-    job = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(runner)
+    job = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(
+        _Runner(sweep, execute, say, outcomes)
+    )
     before, sys.argv = sys.argv, [sys.argv[0], *sweep.arguments, "hydra/hydra_logging=none", "hydra/job_logging=none"]
     try:
         job()
+        return [*jobs, *_outcomes(outcomes)]
     finally:
         sys.argv = before
-    return jobs
+        shutil.rmtree(outcomes, ignore_errors=True)
+
+
+def check_launcher(arguments: Sequence[str]) -> None:
+    """ConfigError where the launcher that is asked for is unknown or its plugin is not installed."""
+    for name in (_value(text) for text in arguments if _key(text) == "hydra/launcher"):
+        if name not in LAUNCHERS:
+            raise ConfigError(f"hydra/launcher={name} is unknown; choose one of: {', '.join(LAUNCHERS)}")
+        plugin = LAUNCHERS[name]
+        if plugin and (find_spec("hydra_plugins") is None
+                       or find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None):  # fmt: skip
+            raise ConfigError(f"hydra/launcher={name} needs hydra-{plugin}-launcher, which is not installed: "
+                              f"pip install hydra-{plugin}-launcher")  # fmt: skip
+
+
+def _outcomes(folder: Path) -> list[Job]:
+    """What the jobs left, in their order."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [Job(**{**one, "folder": one["folder"] and Path(one["folder"])}) for one in found]
 
 
 class _Runner:
-    """The task that Hydra calls once per job."""
+    """The task that Hydra calls once per job, here or in another process."""
 
-    def __init__(self, sweep: Plan, execute: Execute, say: Callable[[str], None], jobs: list[Job]) -> None:
-        self.sweep, self.execute, self.say, self.jobs = sweep, execute, say, jobs
-        self.started = 0
+    def __init__(self, sweep: Plan, execute: Execute, say: Callable[[str], None], outcomes: Path) -> None:
+        self.sweep, self.execute, self.say, self.outcomes = sweep, execute, say, outcomes
 
     def __call__(self, composed: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
 
         config = HydraConfig.get()
         overrides = [str(text) for text in config.overrides.task]
-        self.started += 1
+        number = int(config.job.num)
         system = dict(config.runtime.choices)["system"]
         seed = str(composed.seed) if "seed" in self.sweep.swept else ""
         job = Job(self.sweep.row(overrides, system), seed, None)
-        place = f"[{self.started}/{self.sweep.num_jobs}] {job.name}"
+        place = f"[{number + 1}/{self.sweep.num_jobs}] {job.name}"
         self.say(f"{place} ...")
         begin = time.perf_counter()
         try:
             outcome = self.execute(self._configured(composed, config, job), bool(self.sweep.systems))
         except Exception as error:  # a bug of one system must not take the others along
             failed = Job(job.row, job.seed, None, _one_line(error))
-            self.jobs.append(failed)
+            self._leave(number, failed)
             if not isinstance(error, KVPlaneError):
                 _keep_traceback(composed)
             print(f"error: {job.name}: {failed.error}", file=sys.stderr)
             return
         if outcome.manifest.get("stopped") == "interrupted":
             raise KeyboardInterrupt
-        self.jobs.append(Job(job.row, job.seed, outcome.folder))
+        self._leave(number, Job(job.row, job.seed, outcome.folder))
         summary = outcome.summary
         self.say(f"{place}: {summary.get('completed', 0):,} of {summary.get('num_requests', 0):,} finished, "
                  f"{time.perf_counter() - begin:.1f} s")  # fmt: skip
+
+    def _leave(self, number: int, job: Job) -> None:
+        """The outcome of job `number`, for the process that asked for it."""
+        text = json.dumps({**asdict(job), "folder": None if job.folder is None else str(job.folder)})
+        (self.outcomes / f"{number:06d}.json").write_text(text, encoding="utf-8")
 
     def _configured(self, composed: Any, hydra_config: Any, job: Job) -> RunConfig:
         """The job's configuration, with a folder of its own."""
@@ -175,7 +213,8 @@ def _composable(sweep: Plan, say: Callable[[str], None]) -> tuple[Plan, list[Job
 
     Hydra would end the whole sweep with a traceback. A key that fits no system at all is raised, as one line.
     """
-    firsts = [_first(text) for text in sweep.arguments if "=" in text and _key(text) != "system"]
+    firsts = [_first(text) for text in sweep.arguments
+              if "=" in text and _key(text) != "system" and not _key(text).startswith("hydra")]  # fmt: skip
     given = [text for text in sweep.arguments if _key(text) == "system"]
     failed: list[Job] = []
     last: ConfigError | None = None

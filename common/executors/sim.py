@@ -157,6 +157,7 @@ class SimExecutor:
                 break
         if self.live:
             raise Stalled(f"{self.live} requests live but nothing is going on (first: {self._some_live()})")
+        state.check_empty()
         self._close()
         return None
 

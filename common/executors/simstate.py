@@ -56,6 +56,18 @@ class SimState:
         moves.request_id.append(request_id)
         moves.kind.append(kind)
 
+    def check_empty(self) -> None:
+        """The law at the end of a run, when no request lives: all blocks are free but for cached ones."""
+        for memory in self.memory:
+            left, host = memory.used - memory.cached, memory.host_used - memory.host_cached
+            if left or host:
+                kept = sorted(request for request, held in self.held.items()
+                              if any(one.instance == memory.info.instance for one in held))[:3]  # fmt: skip
+                raise ContractError(
+                    f"instance {memory.info.instance}: the run is over and {left} KV cells (and {host} in DRAM) are "
+                    f"not free, " + (f"held under requests {kept}" if kept else "of no request: blocks have leaked")
+                )
+
     # ------------------------------------------------------------ held KV
 
     def cells_for(self, request_id: int, held: Held) -> int:

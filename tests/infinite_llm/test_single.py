@@ -14,6 +14,7 @@ from common.errors import ConfigError
 from common.executors.sim import SimExecutor
 from common.record import RequestColumns, RunRecord
 from common.sched.lane import EngineConfig
+from common.spanning import gpus_per_instance
 from common.types import RequestStatus
 from run import replay
 from systems.baselines.single import SinglePolicy
@@ -66,3 +67,10 @@ def test_what_cannot_be_cut_is_refused_in_one_line(overrides: list[str], words: 
     with pytest.raises(ConfigError, match=words) as caught:
         cluster_model(compose([*BASE, *overrides]))
     assert "\n" not in str(caught.value)
+
+
+def test_its_gpus_are_all_paid_for() -> None:
+    """One instance, 32 GPUs: GPU-seconds count every one of them, as they do for the same cards under vllm."""
+    small = ["cluster.num_instances=8", "cluster.gpus_per_node=8"]
+    assert gpus_per_instance(compose([*BASE, *small])) == 8
+    assert gpus_per_instance(compose(["experiment=infinite_llm/mixes", "system=vllm", *small])) == 1

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import run as cli
 from common.comparison import compared, interval
-from common.comparison_text import WIDTH, as_json, markdown, text
+from common.comparison_text import BLOCKS, WIDTH, as_json, markdown, text
 from common.runs import LoadedRun, load_run
 from common.sweep import ALL, expanded, plan
 
@@ -145,3 +145,12 @@ def test_intervals_hold_the_extremes_and_scale(pairs: list[tuple[float, float]])
     assert ratios.min() - 1e-9 * (1 + abs(ratios.min())) <= low <= high <= ratios.max() + 1e-9 * (1 + abs(ratios.max()))
     scaled = interval(both * 1000.0) or (0, 0)
     assert np.allclose(scaled, (low, high))
+
+
+def test_every_promised_column_is_in_the_table() -> None:
+    keys = {key for block in BLOCKS.values() for key, *_ in block}
+    latencies = {f"{stat}_{name}_ms" for stat in ("mean", "median", "p90", "p99", "p999")
+                 for name in ("ttft", "tpot", "itl", "e2el")}  # fmt: skip
+    others = {"output_throughput", "goodput", "slo_attainment", "mean_num_gpus", "peak_num_gpus", "gpu_seconds",
+              "mean_kv_utilisation", "num_preemptions", "num_migrations", "bytes_moved"}  # fmt: skip
+    assert latencies | others <= keys

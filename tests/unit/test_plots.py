@@ -201,3 +201,59 @@ def test_importing_the_results_code_is_light() -> None:
         "assert not {'pandas', 'pyarrow', 'matplotlib', 'wandb', 'tqdm', 'torch'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parent)
+
+
+class BrokenWandb:
+    """A wandb of which one part fails; what was logged until then is kept."""
+
+    def __init__(self, broken: str) -> None:
+        self.broken, self.logged, self.summary, self.finished = broken, [], {}, 0
+
+    def _may_fail(self, part: str) -> None:
+        if part == self.broken:
+            raise RuntimeError(f"{part} is broken")
+
+    def Settings(self, **_: object) -> None:
+        return None
+
+    def init(self, **given: object) -> BrokenWandb:
+        self._may_fail("init")
+        self.config = given["config"]
+        return self
+
+    def Image(self, path: str) -> str:
+        self._may_fail("Image")
+        return path
+
+    def Table(self, **content: object) -> object:
+        self._may_fail("Table")
+        return content
+
+    def log(self, content: dict[str, object]) -> None:
+        self._may_fail("log")
+        self.logged.append(content)
+
+    def finish(self) -> None:
+        self.finished += 1
+        self._may_fail("finish")
+
+
+@pytest.mark.parametrize("part", ["init", "Image", "Table", "log", "finish", "nothing"])
+def test_a_broken_wandb_never_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    import run as cli
+
+    wandb = BrokenWandb(part)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    arguments = ["workload=poisson", "workload.num_requests=20", "cluster.num_instances=2", "logger=wandb",
+                 "run.trace=false", f"run.figures={part in ('Image', 'nothing')}"]  # fmt: skip
+    assert cli.main([*arguments, f"run.results={tmp_path}", "run.name=a"]) == 0
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: logger=wandb")]
+    assert len(err) == (part != "nothing") and (tmp_path / "a" / "manifest.json").exists()
+    assert wandb.finished == (part != "init")
+    if part == "nothing":
+        *steps, content = wandb.logged
+        assert content["requests"] and "figures/overview" in content and wandb.config["system"]["name"] == "vllm"
+        assert [step["time_s"] for step in steps] == sorted(step["time_s"] for step in steps) and len(steps) > 3
+        assert max(step["timeline/running"] for step in steps) > 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
@@ -73,12 +75,32 @@ def test_a_folder_of_runs_stands_for_its_runs_and_seeds_are_one_row(tmp_path: Pa
     assert "vllm" in rows and "mell" in rows
 
 
+def test_it_fits_a_laptop_and_a_phone_by_its_own_rules(tmp_path: Path) -> None:
+    """What a browser would need: a viewport, figures and tables that never push the page wider, no script to fail."""
+    made(tmp_path, "a")
+    assert report.main([str(tmp_path / "a"), "--out", str(tmp_path)]) == 0
+    root = read(tmp_path / "report.html")
+    [viewport] = [meta.get("content") or "" for meta in root.iter("meta") if meta.get("name") == "viewport"]
+    assert "width=device-width" in viewport
+    rules = dict(rule.split("{", 1) for rule in ("".join(root.find("head/style").itertext())).split("}") if "{" in rule)
+    rules = {name.strip(): rule.replace("\n", "") for name, rule in rules.items()}
+    assert "max-width:100%" in rules["img"] and "max-width" in rules["body"] and "width:" not in rules["table"]
+    assert "overflow-x:auto" in rules["table"] and "overflow-x:auto" in rules["pre"]
+    assert not list(root.iter("script")) and not [key for node in root.iter() for key in node.attrib if key[:2] == "on"]
+    for image in root.iter("img"):
+        png = base64.b64decode((image.get("src") or "").split(",", 1)[1])
+        width, height = struct.unpack(">II", png[16:24])
+        assert png.startswith(b"\x89PNG") and width >= 600 and height >= 200 and image.get("width") is None
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine")
-def test_a_browser_draws_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["1366,768", "390,844"])
+def test_a_browser_draws_it(tmp_path: Path, size: str) -> None:
     made(tmp_path, "a")
     assert report.main([str(tmp_path / "a"), "--out", str(tmp_path)]) == 0
     shot = tmp_path / "shot.png"
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={shot}",
-               (tmp_path / "report.html").as_uri()]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={size}"]
+    command = [str(BROWSER), *flags, f"--screenshot={shot}", (tmp_path / "report.html").as_uri()]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, "the page made a script error"
     assert shot.read_bytes().startswith(b"\x89PNG")

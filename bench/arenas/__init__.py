@@ -1,0 +1,1 @@
+"""The common arenas: all systems on the same cluster, model, trace and targets, at their defaults and at their best."""

@@ -1,0 +1,112 @@
+"""The arenas are fair as declared: the same memory, links and requests for all, nobody told lengths, nobody tuned on
+what is evaluated; and the search keeps to what is declared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from bench.arenas.declared import ORACLES, Arena, Objective, load, names
+from bench.arenas.play import RESULTS
+from bench.arenas.search import search
+from bench.arenas.verdict import change, ranked, sentences
+from common.build import cluster_model
+from common.config import RunConfig, compose
+from systems.registry import ORACLES as TOLD
+
+COMMITTED = sorted(path.stem for path in RESULTS.glob("*.json"))
+
+
+@cache
+def configured(arena: str, system: str) -> RunConfig:
+    one = load(arena)
+    return compose([text for text in one.overrides(system, {}, 0) if not text.startswith("workload")])
+
+
+def test_the_four_arenas_are_declared_for_the_four_systems_and_vllm() -> None:
+    assert names()[:4] == ("burst", "long_context", "sessions", "diurnal")
+    for name in names():
+        arena = load(name)
+        assert {"vllm", "kunserve", "infinite_llm", "memserve", "mell"} <= set(arena.axes)
+        assert len(arena.seeds) >= 5 and arena.tuning_seed not in arena.seeds
+        assert any(text.startswith("slo.ttft_ms=") for text in arena.common)
+
+
+@pytest.mark.parametrize("name", names())
+def test_nobody_has_more_memory_faster_links_or_other_costs(name: str) -> None:
+    arena = load(name)
+    config = configured(name, "vllm")
+    base = cluster_model(config)
+    budget = config.hardware.memory_bytes * config.gpu_memory_utilization * len(base.instances)
+    for system in arena.axes:
+        if system in ORACLES:
+            continue
+        model = cluster_model(configured(name, system))
+        used = sum(one.kv_cells * one.cell_bytes for one in model.instances)
+        if system == "vllm_single":
+            one = configured(name, system).model
+            assert used + one.param_bytes <= budget
+            continue
+        assert model.instances == base.instances, system
+        assert (model.nvlink, model.nic, model.pcie) == (base.nvlink, base.nic, base.pcie)
+        assert (model.startup_ns, model.control_ns) == (base.startup_ns, base.control_ns)
+        assert used + len(model.instances) * config.model.param_bytes <= budget
+        assert model.nic.bandwidth < float("inf") and model.nvlink.latency_ns > 0
+
+
+@pytest.mark.parametrize("name", names())
+def test_nobody_ranked_is_told_output_lengths(name: str) -> None:
+    for system in load(name).axes:
+        assert system not in TOLD
+        assert (configured(name, system).system_options.get("kv") == "unlimited") == (system in ORACLES)
+
+
+def toy(metric: str = "slo_attainment", floor: float = 0.0) -> Arena:
+    return replace(load("burst"), objective=Objective(metric, floor), axes={"s": {"a": [1, 2], "b": [3]}})
+
+
+def test_the_search_tries_what_is_declared_on_the_tuning_seed_and_keeps_the_best() -> None:
+    asked: list[list[str]] = []
+
+    def measure(overrides: list[str]) -> dict[str, Any]:
+        asked.append(overrides)
+        if "a=1" in overrides:
+            return {"error": "does not fit"}
+        met = 0.5 + 0.1 * ("a=2" in overrides) - 0.1 * ("b=3" in overrides)
+        return {"slo_attainment": met, "mean_e2el_ms": 1.0}
+
+    found = search(toy(), "s", measure)
+    assert found.best == {"a": 2} and len(found.tried) == 4 == toy().num_search("s")
+    assert all(one[-1] == "seed=100" for one in asked) and asked[-1][-3:-1] == ["a=2", "b=3"]
+
+
+def test_gpu_seconds_count_only_where_targets_are_met() -> None:
+    goal = Objective("gpu_seconds", 0.95)
+    cheap = {"slo_attainment": 0.9, "gpu_seconds": 10, "mean_e2el_ms": 1.0}
+    good = {"slo_attainment": 0.96, "gpu_seconds": 90, "mean_e2el_ms": 1.0}
+    better = {**good, "gpu_seconds": 80}
+    assert goal.score(better) > goal.score(good) > goal.score(cheap)
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_results_keep_to_the_declaration(name: str) -> None:
+    result, arena = json.loads((RESULTS / f"{name}.json").read_text()), load(name)
+    assert result["common"] == list(arena.common) and result["seeds"] == list(arena.seeds)
+    assert not result["git"].get("dirty")
+    for row in result["rows"]:
+        assert len(row["runs"]) == len(arena.seeds)
+        assert all(key in arena.axes[row["system"]] and value in arena.axes[row["system"]][key]
+                   for key, value in row["own"].items())  # fmt: skip
+    assert not {row["system"] for row in ranked(result)} & set(ORACLES)
+    assert len(sentences(result)) >= 5
+
+
+def test_a_change_has_an_interval_over_seeds() -> None:
+    mine, theirs = ({"runs": [{"x": value} for value in values]} for values in ([2, 3, 4], [1, 2, 2]))
+    found = change(mine, theirs, "x")
+    assert found is not None and found.low <= found.value <= found.high and found.sure
+    assert change({"runs": [{"x": None}, {"x": 1}]}, {"runs": [{"x": 1}, {"x": 1}]}, "x") is None
