@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from common.build_local import choose_device, decoder_spec, local_cluster
-from common.comm.hub import Hub
+from common.comm.hub import Hub, Timeouts
 from common.comm.join import under_torchrun
 from common.comm.world import RemoteWorld
 from common.config import RunConfig
@@ -45,7 +45,9 @@ def dist_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord, 
         if torch.cuda.device_count() < num:
             raise ConfigError(f"runtime=dist: {num} instances need a GPU each, {torch.cuda.device_count()} are visible")
         devices = [f"cuda:{index}" for index in range(num)]
-    hub = Hub(num, runtime.start_timeout_s, runtime.reply_timeout_s, runtime.transfer_timeout_s, runtime.backend)
+    timeouts = Timeouts(runtime.start_timeout_s, runtime.reply_timeout_s, runtime.transfer_timeout_s,
+                        runtime.heartbeat_timeout_s)  # fmt: skip
+    hub = Hub(num, timeouts, runtime.backend, runtime.piece_kb << 10)
     try:
         world = RemoteWorld(
             hub, cluster.instances, spec, config.engine.block_size, devices=devices,

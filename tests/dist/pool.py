@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 
-from common.comm.hub import Hub
+from common.comm.hub import Hub, Timeouts
 from common.comm.world import RemoteWorld
 from common.executors.cluster import ClusterModel
 from tests.engine.worlds import source_of, tiny_spec
@@ -18,7 +18,7 @@ def shared_hub() -> Hub:
     if _hubs and _hubs[-1].lost:
         _hubs.pop().close()
     if not _hubs:
-        _hubs.append(Hub(WORKERS, start_s=120.0))
+        _hubs.append(Hub(WORKERS, Timeouts(120.0, 60.0, 60.0, 20.0)))
     return _hubs[-1]
 
 

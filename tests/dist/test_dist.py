@@ -84,7 +84,7 @@ def test_killed_workers_are_lost_instances(kills):
 
 
 def test_workers_end_with_the_policy_process():
-    code = ("import time; from common.comm.hub import Hub; hub = Hub(2, 120.0);"
+    code = ("import time; from common.comm.hub import Hub; hub = Hub(2);"
             "print(*[p.pid for p in hub.processes.values()], flush=True); time.sleep(600)")  # fmt: skip
     policy = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert policy.stdout is not None
