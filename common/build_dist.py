@@ -30,8 +30,10 @@ def check(config: RunConfig) -> None:
         raise ConfigError("runtime.backend=nccl needs a GPU per worker; use runtime.backend=gloo on a CPU")
 
 
-def dist_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord, **options: Any) -> DistExecutor:
-    """An executor with its workers, which it ends when it is closed."""
+def dist_executor(
+    config: RunConfig, workload: WorkloadLike, record: RunRecord, *, hub: Hub | None = None, **options: Any
+) -> DistExecutor:  # fmt: skip
+    """An executor with its workers, which it ends when it is closed; or with those of a hub, which stay."""
     check(config)
     runtime, choice = config.runtime, choose_device(config)
     torch.set_num_threads(runtime.threads)
@@ -47,7 +49,8 @@ def dist_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord, 
         devices = [f"cuda:{index}" for index in range(num)]
     timeouts = Timeouts(runtime.start_timeout_s, runtime.reply_timeout_s, runtime.transfer_timeout_s,
                         runtime.heartbeat_timeout_s)  # fmt: skip
-    hub = Hub(num, timeouts, runtime.backend, runtime.piece_kb << 10)
+    own = hub is None
+    hub = hub or Hub(num, timeouts, runtime.backend, runtime.piece_kb << 10)
     try:
         world = RemoteWorld(
             hub, cluster.instances, spec, config.engine.block_size, devices=devices,
@@ -55,7 +58,8 @@ def dist_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord, 
             sampling=SamplingParams(temperature=runtime.temperature, seed=config.seed), seed=config.seed,
             poison=runtime.check, weights=runtime.weights,
         )  # fmt: skip
-        return DistExecutor(cluster, workload, record, world=world, **options)
+        return DistExecutor(cluster, workload, record, world=world, own_hub=own, **options)
     except BaseException:
-        hub.close()
+        if own:
+            hub.close()
         raise

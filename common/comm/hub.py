@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -18,11 +16,13 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from common.comm import messages as say
 from common.comm.join import Door, join_groups, store_of, under_torchrun
+from common.comm.worker import start_worker
 from common.errors import ConfigError, ContractError, KVPlaneError
 
 HOST = "127.0.0.1"
-ROOT = Path(__file__).resolve().parents[2]
-WORKER = (sys.executable, "-m", "common.comm.worker")
+WORKER: Callable[[dict[str, str]], None] = start_worker
+FORKS = get_context("forkserver")  # one process imports torch, and all workers of this machine are forked from it
+FORKS.set_forkserver_preload(["common.comm.worker"])
 
 
 class Timeouts(NamedTuple):
@@ -48,7 +48,7 @@ class Hub:
         self.timeouts = timeouts or Timeouts()
         self.backend, self.piece_bytes = backend, piece_bytes
         self.lost: dict[int, str] = {}  # rank -> how it was noticed
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.processes: dict[int, BaseProcess] = {}
         self.beats: dict[int, say.Beat] = {}  # what each has sent and received, by its own last word
         self.arrived: Callable[[int, int], None] | None = None  # told (rank, sequence) of each answer that comes
         self._connections: dict[int, Connection] = {}
@@ -76,12 +76,12 @@ class Hub:
                                   f"the policy need {world_size} (cluster.num_instances)")  # fmt: skip
         else:
             store, host = TCPStore(HOST, 0, world_size, is_master=True, wait_for_workers=False), HOST
-            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             extra = {"MASTER_ADDR": HOST, "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world_size),
-                     "KVPLANE_START_S": str(start_s), "PYTHONPATH": path}  # fmt: skip
+                     "KVPLANE_START_S": str(start_s)}  # fmt: skip
             for rank in range(1, world_size):
-                ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                self.processes[rank] = subprocess.Popen(WORKER, env={**os.environ, **extra, **ranks})
+                environment = {**os.environ, **extra, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self.processes[rank] = FORKS.Process(target=WORKER, args=(environment,), name=f"worker {rank}")
+                self.processes[rank].start()
         self._store = store
         door = Door(store, host)
         self._admit(door)
@@ -99,8 +99,8 @@ class Hub:
                           self.piece_bytes)  # fmt: skip
         while len(self._connections) < self.num_workers:
             for rank, process in self.processes.items():
-                if process.poll() is not None:
-                    raise KVPlaneError(f"worker {rank} ended with code {process.returncode} before it was up")
+                if process.exitcode is not None:
+                    raise KVPlaneError(f"worker {rank} ended with code {process.exitcode} before it was up")
             if time.monotonic() > deadline:
                 missing = sorted(set(range(1, self.num_workers + 1)) - set(self._connections))
                 raise KVPlaneError(f"workers {missing} did not come within {start_s:g} s; see runtime.start_timeout_s")
@@ -118,11 +118,10 @@ class Hub:
             self.post((rank, say.Exit()))
         deadline = time.monotonic() + 2.0
         for process in self.processes.values():
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.exitcode is None:
                 process.kill()
-                process.wait()
+                process.join()
         for connection in self._connections.values():
             connection.close()
         if dist.is_initialized():
@@ -220,7 +219,7 @@ class Hub:
         self.lost.setdefault(rank, how)
         self._void = {(other, sequence) for other, sequence in self._void if other != rank}
         process = self.processes.get(rank)
-        if process is not None and process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if process is not None and process.exitcode is None:
+            process.kill()
         with suppress(OSError):
             self._connections[rank].close()  # one that is not ours ends when it reads this

@@ -223,5 +223,12 @@ def main() -> None:
     os._exit(0)  # without waiting for peers' connections
 
 
+def start_worker(environment: dict[str, str]) -> None:
+    """A process of its own, forked from one that has imported this; never returns."""
+    os.environ.clear()
+    os.environ.update(environment)
+    main()
+
+
 if __name__ == "__main__":
     main()
