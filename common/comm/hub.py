@@ -194,6 +194,8 @@ class Hub:
         if isinstance(came, say.Beat):
             self.beats[rank] = came
             return
+        if came.beat is not None:
+            self.beats[rank] = came.beat
         if came.error is not None:
             text = f"worker {rank} (instance {rank - 1}): {came.error}"
             raise ContractError(text) if came.contract else KVPlaneError(text)

@@ -22,6 +22,11 @@ class Mouth:
 
     def __init__(self, connection: Any) -> None:
         self._connection, self._lock = connection, threading.Lock()
+        self._beat: Callable[[], say.Beat] | None = None
+
+    def answer(self, answer: say.Answer) -> None:
+        """With a heartbeat."""
+        self.say(answer if self._beat is None else answer._replace(beat=self._beat()))
 
     def say(self, what: say.Answer | say.Beat) -> None:
         """Send it. The policy process may be gone: then this one ends."""
@@ -32,7 +37,8 @@ class Mouth:
             os._exit(1)
 
     def beats(self, beat: Callable[[], say.Beat], period_s: float) -> None:
-        """A heartbeat every so often, from now on."""
+        """A heartbeat every so often, and with each answer, from now on."""
+        self._beat = beat
 
         def run() -> None:
             while True:
@@ -92,7 +98,7 @@ def carry_out(mouth: Mouth, sequence: int, order: Any, handler: Handler) -> None
         kind = "" if isinstance(error, KVPlaneError) else f"{type(error).__name__} in {type(order).__name__}: "
         answer = say.Answer(sequence, None, kind + (str(error).splitlines() or ["?"])[0])
     if isinstance(order, ANSWERED) or answer.error is not None:
-        mouth.say(answer)
+        mouth.answer(answer)
 
 
 def serve(ear: Ear, mouth: Mouth, handlers: Mapping[type, Handler], beside: Beside) -> None:

@@ -198,3 +198,4 @@ class Answer(NamedTuple):
     value: Any
     error: str | None = None
     contract: bool = False
+    beat: Beat | None = None  # at that time: so what is acknowledged has been counted

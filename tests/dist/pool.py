@@ -34,6 +34,13 @@ def _close() -> None:
         hub.close()
 
 
+def own_hub(num_workers: int, timeouts: Timeouts) -> Hub:
+    """Workers of a test's own. A process can have one group of processes at a time: those of `shared_hub` end."""
+    while _hubs:
+        _hubs.pop().close()
+    return Hub(num_workers, timeouts)
+
+
 def dist_world(model: ClusterModel, spec=None, poison: bool = True, **options) -> RemoteWorld:
     """As `tiny_world`, of workers."""
     spec = spec or tiny_spec(model.num_layers)

@@ -46,9 +46,9 @@ STORIES = {
     "infinite_llm": Story("infinite_llm", 3, (
         *STEADY, "workload.rate=40", "workload.num_requests=16", "engine.kv_blocks=34", "system.period_ms=20",
         "system.low_share=0.2", "system.pace=64"), ("attention", "copy")),
-    "memserve": Story("memserve", 3, (
+    "memserve": Story("memserve", 4, (
         *CHATS, "workload.rate=12", "workload.num_requests=20", "engine.kv_blocks=160", "engine.prefix_caching=true",
-        "system.roles=1P2D"), ("copy", "cached")),
+        "system.roles=1P1D"), ("copy", "cached")),
     "mell": Story("mell", 4, (
         *STEADY, "workload.rate=60", "workload.num_requests=18", "engine.kv_blocks=48", "system.epoch_ms=20",
         "system.migration=kv", "system.cooldown_s=0.2"), ("copy",)),

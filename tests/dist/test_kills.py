@@ -1,0 +1,100 @@
+"""Workers killed with SIGKILL at random moments, under each system: nothing is lost, nothing is told twice, nothing
+hangs, nobody is left behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections import Counter
+from functools import cache
+
+import pytest
+
+from common.build_local import decoder_spec, parameter_source
+from common.comm.hub import Hub, Timeouts
+from common.comm.peers import KINDS
+from common.log import Delivered
+from common.types import RequestStatus, StepDone
+from tests.dist.pool import at_most, nothing_left, own_hub, shared_hub
+from tests.dist.stories import STORIES, play
+from tests.engine.worlds import check_replies
+from tests.laws.strategies import NIGHTLY
+
+KILLS = 24 if NIGHTLY else 2  # per system
+LIMIT_S = 120  # no run may take longer, whatever dies
+TIMEOUTS = Timeouts(start_s=60.0, reply_s=60.0, transfer_s=60.0, heartbeat_s=20.0)
+
+
+@cache
+def num_orders(name: str) -> int:
+    """How many times the policy process gives orders in an undisturbed run."""
+    hub = shared_hub()
+    before = hub._sequence
+    play(STORIES[name], "dist")
+    return hub._sequence - before
+
+
+class Killer:
+    """Kills a worker right after the orders of some numbers went out: in the middle of whatever they made it do."""
+
+    def __init__(self, hub: Hub, kills: dict[int, int]) -> None:
+        self.kills, self.post, self.hub = kills, hub.post, hub
+        self.given = 0
+        hub.post = self.give  # type: ignore[method-assign]
+
+    def give(self, *orders) -> int:
+        number = self.post(*orders)
+        self.given += 1
+        instance = self.kills.pop(self.given, None)
+        if instance is not None:
+            os.kill(self.hub.processes[instance + 1].pid, signal.SIGKILL)
+        return number
+
+
+def survive(name: str, kills: dict[int, int]) -> None:
+    story = STORIES[name]
+    hub = own_hub(story.instances, TIMEOUTS)
+    lines = []
+    with nothing_left(hub), at_most(LIMIT_S):
+        victims = {str(instance) for instance in kills.values()}
+        Killer(hub, kills)
+        made = play(story, "dist", hub=hub, sink=lines.append)
+        config = story.config("runtime=dist")
+        made.executor.world.source = parameter_source(config, decoder_spec(config, made.executor.world.spec.dtype))
+        columns = made.record.requests
+        ended = (RequestStatus.FINISHED, RequestStatus.REJECTED)
+        assert all(status in ended for status in columns.status), "a request is lost"
+        assert all(columns.reasons[index] for index, status in enumerate(columns.status)
+                   if status == RequestStatus.REJECTED)  # fmt: skip
+        check_replies(made.executor)  # whole replies, and those of undisturbed runs
+        told = Counter(request_id for line in lines if isinstance(line, Delivered) and isinstance(line.event, StepDone)
+                       for request_id in line.event.finished)  # fmt: skip
+        finished = {index for index, status in enumerate(columns.status) if status == RequestStatus.FINISHED}
+        assert set(told) == finished and set(told.values()) <= {1}, "a request is told twice"
+        assert set(made.report["lost_workers"]) == victims
+        for kind in KINDS:
+            acknowledged, received, sent, ordered = (
+                made.report[f"{count}_bytes"][kind] for count in ("acknowledged", "received", "sent", "ordered"))
+            assert max(acknowledged, received) <= sent <= ordered, (kind, acknowledged, received, sent, ordered)
+        hub.drain(0.5)
+        assert not hub._answers, "answers that nobody will ask for"
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+@pytest.mark.parametrize("name", STORIES)
+def test_a_worker_dies_at_a_random_moment(name: str, seed: int) -> None:
+    rng = random.Random(f"{name} {seed}")
+    when = rng.randrange(1, num_orders(name))
+    survive(name, {when: rng.randrange(STORIES[name].instances)})
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="make nightly")
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", [name for name, story in STORIES.items() if story.instances > 2])
+def test_two_workers_die(name: str, seed: int) -> None:
+    rng = random.Random(f"two of {name} {seed}")
+    # Of memserve one for prompts and one for replies: without any of a kind its requests wait, until the run is stopped.
+    instances = [rng.choice((0, 2)), rng.choice((1, 3))] if name == "memserve" else rng.sample(
+        range(STORIES[name].instances), 2)  # fmt: skip
+    survive(name, dict(zip(rng.sample(range(1, num_orders(name)), 2), instances)))
