@@ -149,7 +149,7 @@ def _recorded(config: RunConfig, executor: Executor) -> Iterator[Executor]:
         return
     from common.log import LogFile, Recorder
 
-    with LogFile(Path(config.run.results) / config.run_name / "events.jsonl") as log:
+    with LogFile(Path(config.run.results) / config.run_name / "events.jsonl", config.runtime.name == "dist") as log:
         yield Recorder(executor, log.append)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -177,8 +178,10 @@ class RemoteWorld(EngineWorld):
                               sampling or SamplingParams(), poison, weights, seed)  # fmt: skip
             asked.append((rank_of(info.instance), hub.post((rank_of(info.instance), setup))))
         self._setups = dict(asked)
-        facts = [hub.answer(*question) for question in asked if hub.alive(question[0])]
-        self.attention = facts[0]["attention"] if facts else "none"
+        self.attention = "none"
+        for question in asked:
+            with suppress(Gone):  # it will be a lost instance
+                self.attention = hub.answer(*question)["attention"]
 
     def traffic(self, plan: PlacePlan, num_tokens: int) -> Remote:
         """Bytes of a creditor's part of a layer: the messages' contents."""

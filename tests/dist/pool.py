@@ -6,7 +6,7 @@ import atexit
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,6 +63,22 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def after_orders(hub: Hub, actions: dict[int, Callable[[], object]]) -> None:
+    """Do these things right after the policy process has given its orders of these numbers, from now on: in the
+    middle of whatever they make workers do."""
+    post, given = hub.post, 0
+
+    def give(*orders) -> int:
+        nonlocal given
+        number = post(*orders)
+        given += 1
+        if given in actions:
+            actions[given]()
+        return number
+
+    hub.post = give  # type: ignore[method-assign]
 
 
 class Overdue(Exception):

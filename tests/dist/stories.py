@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from common.build_local import choose_device, decoder_spec, local_cluster
 from common.comm.hub import Hub
 from common.config import RunConfig, compose
 from common.driver import drive
-from common.log import Recorder
+from common.executors.replay import ReplayExecutor
+from common.log import Line, Recorder
 from common.record import RequestColumns, RunRecord
 from run import make_executor, served
 from systems.registry import ORACLES, make_policy
@@ -117,3 +120,12 @@ def play(story: Story, runtime: str, *more: str, hub: Hub | None = None, wrap: A
     finally:
         executor.close()
     return made
+
+
+def replay(story: Story, lines: Iterable[Line], *more: str) -> RunRecord:
+    """A fresh policy over a log; ContractError at the first command that is another than the recorded one."""
+    config = story.config("runtime=dist", *more)
+    info = local_cluster(config, decoder_spec(config, choose_device(config).dtype)).info()
+    record = RunRecord(RequestColumns.empty(0))
+    drive(make_policy(config.system, info, config.engine, config.system_options), ReplayExecutor(lines), record)
+    return record

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 
 import pytest
 
@@ -16,8 +16,8 @@ from common.comm.hub import Hub, Timeouts
 from common.comm.peers import KINDS
 from common.log import Delivered
 from common.types import RequestStatus, StepDone
-from tests.dist.pool import at_most, nothing_left, own_hub, shared_hub
-from tests.dist.stories import STORIES, play
+from tests.dist.pool import after_orders, at_most, nothing_left, own_hub, shared_hub
+from tests.dist.stories import STORIES, play, replay
 from tests.engine.worlds import check_replies
 from tests.laws.strategies import NIGHTLY
 
@@ -35,21 +35,8 @@ def num_orders(name: str) -> int:
     return hub._sequence - before
 
 
-class Killer:
-    """Kills a worker right after the orders of some numbers went out: in the middle of whatever they made it do."""
-
-    def __init__(self, hub: Hub, kills: dict[int, int]) -> None:
-        self.kills, self.post, self.hub = kills, hub.post, hub
-        self.given = 0
-        hub.post = self.give  # type: ignore[method-assign]
-
-    def give(self, *orders) -> int:
-        number = self.post(*orders)
-        self.given += 1
-        instance = self.kills.pop(self.given, None)
-        if instance is not None:
-            os.kill(self.hub.processes[instance + 1].pid, signal.SIGKILL)
-        return number
+def kill(hub: Hub, instance: int) -> None:
+    os.kill(hub.processes[instance + 1].pid, signal.SIGKILL)
 
 
 def survive(name: str, kills: dict[int, int]) -> None:
@@ -58,7 +45,7 @@ def survive(name: str, kills: dict[int, int]) -> None:
     lines = []
     with nothing_left(hub), at_most(LIMIT_S):
         victims = {str(instance) for instance in kills.values()}
-        Killer(hub, kills)
+        after_orders(hub, {number: partial(kill, hub, instance) for number, instance in kills.items()})
         made = play(story, "dist", hub=hub, sink=lines.append)
         config = story.config("runtime=dist")
         made.executor.world.source = parameter_source(config, decoder_spec(config, made.executor.world.spec.dtype))
@@ -77,6 +64,7 @@ def survive(name: str, kills: dict[int, int]) -> None:
             acknowledged, received, sent, ordered = (
                 made.report[f"{count}_bytes"][kind] for count in ("acknowledged", "received", "sent", "ordered"))
             assert max(acknowledged, received) <= sent <= ordered, (kind, acknowledged, received, sent, ordered)
+        assert replay(story, lines).num_commands == made.record.num_commands
         hub.drain(0.5)
         assert not hub._answers, "answers that nobody will ask for"
 
@@ -94,7 +82,7 @@ def test_a_worker_dies_at_a_random_moment(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", [name for name, story in STORIES.items() if story.instances > 2])
 def test_two_workers_die(name: str, seed: int) -> None:
     rng = random.Random(f"two of {name} {seed}")
-    # Of memserve one for prompts and one for replies: without any of a kind its requests wait, until the run is stopped.
+    # Of memserve one for prompts and one for replies: without any of a kind its requests wait until the run is stopped.
     instances = [rng.choice((0, 2)), rng.choice((1, 3))] if name == "memserve" else rng.sample(
         range(STORIES[name].instances), 2)  # fmt: skip
     survive(name, dict(zip(rng.sample(range(1, num_orders(name)), 2), instances)))

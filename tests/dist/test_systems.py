@@ -3,15 +3,18 @@ and what each is for has really happened, byte by byte as planned."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.build_local import decoder_spec, parameter_source
 from common.comm.peers import KINDS
+from common.log import LogFile, read_log
 from common.types import RequestStatus
 from tests.dist.pool import at_most, shared_hub
-from tests.dist.stories import BASELINES, COMMON, STORIES, Story, play
+from tests.dist.stories import BASELINES, COMMON, STORIES, Story, play, replay
 from tests.engine.worlds import check_replies
 from tests.laws.strategies import NIGHTLY
 from workloads.paths import SHORT_NAMES, data_root
@@ -21,13 +24,17 @@ SLICES = {"azure_conv": "workload.window_s=[100,109]", "azure_code": "workload.w
 HAVE_TRACES = all((data_root() / SHORT_NAMES[name]).is_file() for name in SLICES)
 
 
-def check(story: Story, *more: str) -> None:
-    """On workers and in this process: same tokens, same times, and those of a dense decoder."""
-    with at_most(240):
-        real = play(story, "dist", *more)
-    config = story.config("runtime=dist", *more)
+def check(story: Story, log: Path) -> None:
+    """On workers and in this process: same tokens, same times, and those of a dense decoder. The log that the run
+    wrote as it went replays to the same commands."""
+    with at_most(240), LogFile(log, at_once=True) as file:
+        real = play(story, "dist", sink=file.append)
+    again = replay(story, read_log(log))
+    assert (again.num_events, again.num_commands) == (real.record.num_events, real.record.num_commands)
+    assert again.num_commands > len(real.record.requests.status)
+    config = story.config("runtime=dist")
     real.executor.world.source = parameter_source(config, decoder_spec(config, real.executor.world.spec.dtype))
-    local = play(story, "local", "runtime.clock=modelled", *more)
+    local = play(story, "local", "runtime.clock=modelled")
     assert set(real.record.requests.status) == {RequestStatus.FINISHED}
     assert check_replies(real.executor) == sum(real.record.requests.output_tokens) > 0
     assert real.tokens == local.tokens
@@ -52,21 +59,21 @@ def check_bytes(real) -> None:
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_a_system_on_workers(name: str) -> None:
-    check(TOLD[name])
+def test_a_system_on_workers(name: str, tmp_path: Path) -> None:
+    check(TOLD[name], tmp_path / "events.jsonl")
 
 
 @pytest.mark.skipif(not HAVE_TRACES, reason="the traces are not in $KVPLANE_DATA (docs/workloads.md)")
 @pytest.mark.parametrize("trace", SLICES if NIGHTLY else ["azure_conv"])
 @pytest.mark.parametrize("name", STORIES)
-def test_a_system_on_a_slice_of_a_real_trace(name: str, trace: str) -> None:
+def test_a_system_on_a_slice_of_a_real_trace(name: str, trace: str, tmp_path: Path) -> None:
     """Requests, their lengths (a tenth) and their gaps (ten times as fast) are the trace's."""
     story = STORIES[name]
     kept = [one for one in story.overrides if not one.startswith("workload")]
     slice_of = ("workload=file", f"workload.path={trace}", SLICES[trace], "workload.length_scale=0.1",
                 "workload.speed=10", "workload.num_requests=24")  # fmt: skip
     assert COMMON[-1].startswith("engine.max_model_len")
-    check(Story(story.system, story.instances, (*slice_of, *kept)))
+    check(Story(story.system, story.instances, (*slice_of, *kept)), tmp_path / "events.jsonl")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
