@@ -16,14 +16,13 @@ from common.engine.sampler import SamplingParams
 from common.errors import ConfigError
 from common.executors.dist import DistExecutor
 from common.executors.source import WorkloadLike
+from common.executors.wall import WallExecutor
 from common.record import RunRecord
 
 
 def check(config: RunConfig) -> None:
     """ConfigError on what this runtime cannot do yet."""
     runtime = config.runtime
-    if runtime.clock != "modelled":
-        raise ConfigError("runtime.clock=measured: runtime=dist has the modelled clock only; use runtime=local for it")
     if runtime.graphs == "on":
         raise ConfigError("runtime.graphs=on: runtime=dist runs eagerly; use runtime.graphs=off")
     if runtime.backend == "nccl" and runtime.device == "cpu":
@@ -58,7 +57,8 @@ def dist_executor(
             sampling=SamplingParams(temperature=runtime.temperature, seed=config.seed), seed=config.seed,
             poison=runtime.check, weights=runtime.weights,
         )  # fmt: skip
-        return DistExecutor(cluster, workload, record, world=world, own_hub=own, **options)
+        kind = WallExecutor if runtime.clock == "measured" else DistExecutor
+        return kind(cluster, workload, record, world=world, own_hub=own, **options)
     except BaseException:
         if own:
             hub.close()

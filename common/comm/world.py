@@ -266,6 +266,11 @@ class RemoteWorld(EngineWorld):
         self.acknowledged["copies"] += num_bytes
         return True
 
+    def abandon(self, rank: int, number: int) -> None:
+        """Nobody wants any more what a copy of this number brings to a worker."""
+        self.hub.post((rank, say.CancelTake(number)))
+        self.hub.forget(rank, number)
+
     def load(self, index: int, layers: list[int], source: int | None) -> None:
         """Bring layers back to an instance, from a peer or from its own parameter source."""
         self.end_load(index, len(layers), source, self.begin_load(index, layers, source))

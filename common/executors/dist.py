@@ -65,7 +65,7 @@ class DistExecutor(LocalExecutor):
         if not self.world.hub.alive(rank_of(instance)):
             self.control.lose_at(self.state.now, instance)
 
-    def copied(self, command: CopySpan) -> bool:
+    def copied(self, command: CopySpan) -> bool | None:
         """Move a copy's bytes, and wait until they are there."""
         if super().copied(command):
             return True
@@ -110,5 +110,6 @@ class DistExecutor(LocalExecutor):
     def close(self) -> None:
         """Give everything back."""
         self.world.close()
+        self.world.hub.arrived = None
         if self._own_hub:
             self.world.hub.close()
