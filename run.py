@@ -289,6 +289,9 @@ def _beside(config: RunConfig, arguments: list[str], outcome: Outcome) -> None:
     other = config.system_options.get("against")
     if not other or other == config.system:
         return
+    if config.runtime.name == "dist" and _under_torchrun():
+        print(f"note: torchrun's workers serve one run: system={other} is for another (or system.against=null)")
+        return
     from common.config import compose
     from common.console import comparison_table
     from common.runs import load_run
@@ -305,6 +308,10 @@ def _beside(config: RunConfig, arguments: list[str], outcome: Outcome) -> None:
 
         paths = draw_comparison(runs, outcome.folder / f"beside-{other}")
         print(f"beside {other}: {', '.join(str(path) for path in paths if path.suffix == '.png')}")
+
+
+def _under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def help_text() -> str:
@@ -346,6 +353,9 @@ def main(arguments: list[str] | None = None) -> int:
         if any(argument in ("-h", "--help") for argument in arguments):
             print(help_text())
         elif any(argument in ("-m", "--multirun") for argument in arguments):
+            if "runtime=dist" in arguments and _under_torchrun():
+                raise ConfigError("runtime=dist under torchrun is one run; start a sweep's runs one by one (-m outside "
+                                  "of torchrun, or Hydra's submitit launcher: docs/distributed.md)")  # fmt: skip
             _sweep(arguments)
         else:
             from common.config import compose

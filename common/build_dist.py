@@ -23,6 +23,9 @@ from common.record import RunRecord
 def check(config: RunConfig) -> None:
     """ConfigError on what this runtime cannot do yet."""
     runtime = config.runtime
+    if runtime.launcher == "ray":
+        raise ConfigError("runtime.launcher=ray: the launcher by Ray is not built; use torchrun (docs/distributed.md), "
+                          "or runtime.launcher=auto on one machine")  # fmt: skip
     if runtime.graphs == "on":
         raise ConfigError("runtime.graphs=on: runtime=dist runs eagerly; use runtime.graphs=off")
     if runtime.backend == "nccl" and runtime.device == "cpu":

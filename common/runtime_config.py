@@ -15,14 +15,15 @@ CHOICES = {
     "attention": ("auto", "torch", "triton", "flash"),
     "graphs": ("auto", "on", "off"),
     "backend": ("gloo", "nccl"),
+    "launcher": ("auto", "ray"),
 }
 SECONDS = ("start_timeout_s", "reply_timeout_s", "transfer_timeout_s", "heartbeat_timeout_s")
-DIST_ONLY = {"backend", "piece_kb", *SECONDS}
+DIST_ONLY = {"backend", "launcher", "piece_kb", *SECONDS}
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
-    """`sim` has a name only; the other keys are those of conf/runtime/local.yaml, the last six of dist.yaml alone."""
+    """`sim` has a name only; the other keys are those of conf/runtime/local.yaml, the last seven of dist.yaml alone."""
 
     name: str
     device: str = "auto"
@@ -35,6 +36,7 @@ class RuntimeConfig:
     threads: int = 1
     check: bool = False
     backend: str = "gloo"
+    launcher: str = "auto"
     start_timeout_s: float = 120.0
     reply_timeout_s: float = 120.0
     transfer_timeout_s: float = 120.0

@@ -35,10 +35,15 @@ def _close() -> None:
 
 
 def own_hub(num_workers: int, timeouts: Timeouts) -> Hub:
-    """Workers of a test's own. A process can have one group of processes at a time: those of `shared_hub` end."""
+    """Workers of a test's own."""
+    own_hub_closed()
+    return Hub(num_workers, timeouts)
+
+
+def own_hub_closed() -> None:
+    """A process can be in one group of processes at a time: end the workers of `shared_hub`."""
     while _hubs:
         _hubs.pop().close()
-    return Hub(num_workers, timeouts)
 
 
 def dist_world(model: ClusterModel, spec=None, poison: bool = True, **options) -> RemoteWorld:
