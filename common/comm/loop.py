@@ -26,9 +26,9 @@ class Mouth:
 
     def answer(self, answer: say.Answer) -> None:
         """With a heartbeat."""
-        self.say(answer if self._beat is None else answer._replace(beat=self._beat()))
+        self.tell(answer if self._beat is None else answer._replace(beat=self._beat()))
 
-    def say(self, what: say.Answer | say.Beat) -> None:
+    def tell(self, what: say.Answer | say.Beat) -> None:
         """Send it. The policy process may be gone: then this one ends."""
         try:
             with self._lock:
@@ -43,7 +43,7 @@ class Mouth:
         def run() -> None:
             while True:
                 time.sleep(period_s)
-                self.say(beat())
+                self.tell(beat())
 
         threading.Thread(target=run, daemon=True).start()
 
