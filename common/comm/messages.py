@@ -183,12 +183,15 @@ class CancelTake(NamedTuple):
 
 
 class Beat(NamedTuple):
-    """From a worker, unasked: it lives. Bytes since the `Setup` of this number: sent by kind, received by (kind,
-    source)."""
+    """From a worker, unasked: it lives. Since the `Setup` of this number: bytes sent by kind, received by (kind,
+    source); stages run, and the seconds of its CPU and of the clock that they took."""
 
     setup: int
     sent: dict[str, int]
     received: dict[tuple[str, int], int]
+    stages: int = 0
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
 
 
 class Answer(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ class Worker:
         self.peers, self.copies = peers, copies
         self.instances: dict[int, InstanceBytes] = {}
         self.setup_number = 0
+        self._ran = (0, 0.0, 0.0)  # stages, and seconds of this thread's CPU and of the clock that they took
         self._void: set[int] = set()  # copies whose bytes are not wanted any more
         self._sources: dict[Any, ParameterSource] = {}
         self.handlers: dict[type, Callable[[Any, int], Any]] = {
@@ -56,7 +58,7 @@ class Worker:
             say.CancelTake: lambda order, _: self._void.add(order.number),
             say.SendHidden: self._send_hidden,
             say.Forget: lambda order, _: self.runner.hidden.pop(order.lane, None),
-            say.RunStage: lambda order, sequence: self.runner.stage(order, self.index, sequence),
+            say.RunStage: self._run_stage,
             Arrival: self._arrived,
         }
 
@@ -67,7 +69,7 @@ class Worker:
 
     def beat(self) -> say.Beat:
         """That it lives, and what it has sent and received since its setup."""
-        return say.Beat(self.setup_number, *self.peers.counts())
+        return say.Beat(self.setup_number, *self.peers.counts(), *self._ran)
 
     # ------------------------------------------------------------ life
 
@@ -78,6 +80,7 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.peers.reset()
+        self._ran = (0, 0.0, 0.0)
         self.setup_number = sequence
         self.source = self._source(order.spec, order.weights, order.seed)
         backend, self.runner = self._runner(order)
@@ -110,6 +113,14 @@ class Worker:
     def _stop_all(self) -> None:
         for index in list(self.instances):
             self.instances.pop(index).close()
+
+    def _run_stage(self, order: say.RunStage, sequence: int) -> Any:
+        cpu, wall = time.thread_time(), time.perf_counter()
+        try:
+            return self.runner.stage(order, self.index, sequence)
+        finally:
+            num, cpu_s, wall_s = self._ran
+            self._ran = (num + 1, cpu_s + time.thread_time() - cpu, wall_s + time.perf_counter() - wall)
 
     def attend(self, order: say.Attend, sequence: int) -> None:
         """A creditor's part of a stage; in a thread of its own."""

@@ -217,6 +217,12 @@ class RemoteWorld(EngineWorld):
             if self.hub.alive(peer):
                 self.hub.lose(peer, f"worker {rank} cannot reach it")
 
+    def stages(self) -> tuple[int, float, float]:
+        """Stages that workers ran, and the seconds of CPU and of the clock that these took."""
+        beats = [beat for rank, beat in self.hub.beats.items() if beat.setup == self._setups.get(rank)]
+        return (sum(beat.stages for beat in beats), sum(beat.cpu_s for beat in beats),
+                sum(beat.wall_s for beat in beats))  # fmt: skip
+
     def wire(self) -> tuple[Counter[str], Counter[str]]:
         """Bytes sent and received by kind, as the workers counted them. Of one that died: what it said last, or what
         the others have had from it if that is more."""

@@ -105,7 +105,9 @@ class DistExecutor(LocalExecutor):
         counts = {"ordered": self.world.ordered, "acknowledged": self.world.acknowledged, "sent": sent,
                   "received": received}  # fmt: skip
         wire = {f"{name}_bytes": {kind: found[kind] for kind in KINDS} for name, found in counts.items()}
-        return {**super().report(), **wire, "lost_workers": lost}
+        num, cpu_s, wall_s = self.world.stages()
+        stages = {"stages": num, "stage_cpu_ms": 1e3 * cpu_s / max(1, num), "stage_wall_ms": 1e3 * wall_s / max(1, num)}
+        return {**super().report(), **wire, **stages, "lost_workers": lost}
 
     def close(self) -> None:
         """Give everything back."""
