@@ -69,7 +69,8 @@ class Worker:
 
     def beat(self) -> say.Beat:
         """That it lives, and what it has sent and received since its setup."""
-        return say.Beat(self.setup_number, *self.peers.counts(), *self._ran)
+        (sent, received), (stages, cpu_s, wall_s) = self.peers.counts(), self._ran
+        return say.Beat(self.setup_number, sent, received, stages, cpu_s, wall_s)
 
     # ------------------------------------------------------------ life
 
