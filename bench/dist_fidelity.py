@@ -118,12 +118,10 @@ def main() -> int:
         f"{torch.__version__}; 60 requests a run.",
         f"{good} of {len(rows)} numbers are within their goal (P50 and throughput 15%, P99 30%). The simulator is off "
         f"by {sim:.0%} in the median; a second real run by {noise:.0%}, which is how much of it the machine is.",
-        f"The misses: of the time between an iteration's order and its end, {share:.0%} (median of the systems) is "
-        "CPU time of the worker and of the policy process; the rest is mostly waiting for a core that somebody else "
-        "has, as three processes want two cores here even without neighbours. Beyond that, an iteration takes more "
-        "CPU time than the profile counts (last table): its operators were measured one by one, warm, and a worker on "
-        "a crowded core wakes up cold for each order. Queues then make more of both. Which share is the simulator's "
-        "own fault cannot be told from this machine: repeat it on an idle one.",
+        f"Where the misses come from: of the time between an iteration's order and its end, {share:.0%} (median of the "
+        "systems) is CPU time of the worker and of the policy process; the rest is waiting, for a core (three processes "
+        "share those of this machine) and for each other. The last table sets the CPU time beside the simulator's "
+        "iteration, whose operators were measured warm, in one process: what it lacks is a worker's own cost.",
     ]
     write_report("dist_fidelity", "Workers and their simulation", notes, tables, options.out)
     return 0
