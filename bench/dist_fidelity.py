@@ -118,9 +118,9 @@ def main() -> int:
         f"{torch.__version__}; 60 requests a run.",
         f"{good} of {len(rows)} numbers are within their goal (P50 and throughput 15%, P99 30%). The simulator is off "
         f"by {sim:.0%} in the median; a second real run by {noise:.0%}, which is how much of it the machine is.",
-        f"Where the misses come from: of the time between an iteration's order and its end, {share:.0%} (median of the "
-        "systems) is CPU time of the worker and of the policy process; the rest is waiting, for a core (three processes "
-        "share those of this machine) and for each other. The last table sets the CPU time beside the simulator's "
+        f"The misses: of the time between an iteration's order and its end, {share:.0%} (median of the "
+        "systems) is CPU time of worker and policy process; the rest is waiting, for a core (three processes share "
+        "those of this machine) and for each other. The last table sets the CPU time beside the simulator's "
         "iteration, whose operators were measured warm, in one process: what it lacks is a worker's own cost.",
     ]
     write_report("dist_fidelity", "Workers and their simulation", notes, tables, options.out)
