@@ -163,7 +163,7 @@ def _recorded(config: RunConfig, executor: Executor) -> Iterator[Executor]:
         return
     from common.log import LogFile, Recorder
 
-    with LogFile(Path(config.run.results) / config.run_name / "events.jsonl") as log:
+    with LogFile(Path(config.run.results) / config.run_name / "events.jsonl", config.runtime.name == "dist") as log:
         yield Recorder(executor, log.append)
 
 
@@ -305,6 +305,9 @@ def _beside(config: RunConfig, arguments: list[str], outcome: Outcome) -> None:
     other = config.system_options.get("against")
     if not other or other == config.system:
         return
+    if config.runtime.name == "dist" and _under_torchrun():
+        print(f"note: torchrun's workers serve one run: system={other} is for another (or system.against=null)")
+        return
     from common.config import compose
     from common.console import comparison_table
     from common.runs import load_run
@@ -321,6 +324,10 @@ def _beside(config: RunConfig, arguments: list[str], outcome: Outcome) -> None:
 
         paths = draw_comparison(runs, outcome.folder / f"beside-{other}")
         print(f"beside {other}: {', '.join(str(path) for path in paths if path.suffix == '.png')}")
+
+
+def _under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def help_text() -> str:
@@ -362,6 +369,9 @@ def main(arguments: list[str] | None = None) -> int:
         if any(argument in ("-h", "--help") for argument in arguments):
             print(help_text())
         elif any(argument in ("-m", "--multirun") for argument in arguments):
+            if "runtime=dist" in arguments and _under_torchrun():
+                raise ConfigError("runtime=dist under torchrun is one run; start a sweep's runs one by one (-m outside "
+                                  "of torchrun, or Hydra's submitit launcher: docs/distributed.md)")  # fmt: skip
             _sweep(arguments)
         else:
             from common.config import compose

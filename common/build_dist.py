@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from common.build_local import choose_device, decoder_spec, local_cluster
-from common.comm.hub import Hub
+from common.comm.hub import Hub, Timeouts
 from common.comm.join import under_torchrun
 from common.comm.world import RemoteWorld
 from common.config import RunConfig
@@ -16,6 +16,7 @@ from common.engine.sampler import SamplingParams
 from common.errors import ConfigError
 from common.executors.dist import DistExecutor
 from common.executors.source import WorkloadLike
+from common.executors.wall import WallExecutor
 from common.record import RunRecord
 
 
@@ -24,8 +25,9 @@ def check(config: RunConfig) -> None:
     runtime = config.runtime
     if config.models:
         raise ConfigError(f"cluster.models={list(config.cluster.models)}: runtime=dist has one model; use sim or local")
-    if runtime.clock != "modelled":
-        raise ConfigError("runtime.clock=measured: runtime=dist has the modelled clock only; use runtime=local for it")
+    if runtime.launcher == "ray":
+        raise ConfigError("runtime.launcher=ray: the launcher by Ray is not built; use torchrun (docs/distributed.md), "
+                          "or runtime.launcher=auto on one machine")  # fmt: skip
     if runtime.graphs == "on":
         raise ConfigError("runtime.graphs=on: runtime=dist runs eagerly; use runtime.graphs=off")
     if config.system_options.get("cpu_share"):
@@ -34,8 +36,10 @@ def check(config: RunConfig) -> None:
         raise ConfigError("runtime.backend=nccl needs a GPU per worker; use runtime.backend=gloo on a CPU")
 
 
-def dist_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord, **options: Any) -> DistExecutor:
-    """An executor with its workers, which it ends when it is closed."""
+def dist_executor(
+    config: RunConfig, workload: WorkloadLike, record: RunRecord, *, hub: Hub | None = None, **options: Any
+) -> DistExecutor:  # fmt: skip
+    """An executor with its workers, which it ends when it is closed; or with those of a hub, which stay."""
     check(config)
     runtime, choice = config.runtime, choose_device(config)
     torch.set_num_threads(runtime.threads)
@@ -49,7 +53,10 @@ def dist_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord, 
         if torch.cuda.device_count() < num:
             raise ConfigError(f"runtime=dist: {num} instances need a GPU each, {torch.cuda.device_count()} are visible")
         devices = [f"cuda:{index}" for index in range(num)]
-    hub = Hub(num, runtime.start_timeout_s, runtime.reply_timeout_s, runtime.transfer_timeout_s, runtime.backend)
+    timeouts = Timeouts(runtime.start_timeout_s, runtime.reply_timeout_s, runtime.transfer_timeout_s,
+                        runtime.heartbeat_timeout_s)  # fmt: skip
+    own = hub is None
+    hub = hub or Hub(num, timeouts, runtime.backend, runtime.piece_kb << 10)
     try:
         world = RemoteWorld(
             hub, cluster.instances, spec, config.engine.block_size, devices=devices,
@@ -57,7 +64,9 @@ def dist_executor(config: RunConfig, workload: WorkloadLike, record: RunRecord, 
             sampling=SamplingParams(temperature=runtime.temperature, seed=config.seed), seed=config.seed,
             poison=runtime.check, weights=runtime.weights,
         )  # fmt: skip
-        return DistExecutor(cluster, workload, record, world=world, **options)
+        kind = WallExecutor if runtime.clock == "measured" else DistExecutor
+        return kind(cluster, workload, record, world=world, own_hub=own, **options)
     except BaseException:
-        hub.close()
+        if own:
+            hub.close()
         raise

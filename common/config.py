@@ -173,11 +173,17 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
         runtime=runtime,
         logger=tree["logger"]["kind"],
         logger_options=_without(tree["logger"], "kind", "description"),
-        log=LogOptions(**{key: _flag(f"log.{key}", value) for key, value in tree["log"].items()}),
+        log=_log_options(tree["log"], runtime.name),
         run=_run_options(tree["run"]),
         seed=_integer("seed", tree["seed"], 0),
         yaml=text,
     )
+
+
+def _log_options(tree: Mapping[str, Any], runtime: str) -> LogOptions:
+    """What a run of real processes did cannot be had by running it again: its events are logged unless told not to."""
+    chosen = {**tree, "events": runtime == "dist" if tree["events"] is None else tree["events"]}
+    return LogOptions(**{key: _flag(f"log.{key}", value) for key, value in chosen.items()})
 
 
 def available(group: str) -> dict[str, str]:

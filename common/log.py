@@ -118,19 +118,20 @@ def _dumps(value: Any) -> str:
 
 
 class LogFile:
-    """A log being written; use it in a `with`. After an error the lines so far stay in `<path>.partial`."""
+    """A log being written; use it in a `with`. After an error the lines so far stay in `<path>.partial`. With
+    `at_once` each line is the operating system's before the next is written, so it outlives this process."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, at_once: bool = False) -> None:
         self.path = Path(path)
         self.partial_path = self.path.with_name(self.path.name + PARTIAL)
         self._counts = {"events": 0, "commands": 0}
         try:
-            self._file: TextIO = self.partial_path.open("w", encoding="utf-8")
+            self._file: TextIO = self.partial_path.open("w", 1 if at_once else -1, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{self.partial_path}: cannot write the log ({error.strerror})") from error
 
     def append(self, line: Line) -> None:
-        """Write one line (it reaches the disk by and by)."""
+        """Write one line (without `at_once` it reaches the disk by and by)."""
         self._file.write(to_text(line) + "\n")
         self._counts["events" if isinstance(line, Delivered) else "commands"] += 1
 

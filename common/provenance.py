@@ -12,14 +12,16 @@ RUNTIME_LABELS = {"sim": "simulated", "local": "emulated on one device", "dist":
 PACKAGES = ("numpy", "pyarrow", "matplotlib", "hydra-core")
 
 
-def runtime_label(runtime: Any) -> str:
-    """What a reader must be told: simulated, emulated or measured."""
+def runtime_label(runtime: Any, engine: Any = None) -> str:
+    """What a reader must be told: simulated, emulated or measured. `engine`: what the run's engine told of itself."""
+    if runtime == "dist" and (engine or {}).get("clock") == "measured":
+        return "measured, a process each"
     return RUNTIME_LABELS.get(str(runtime), f"runtime {runtime}")
 
 
 def label(manifest: Mapping[str, Any]) -> str:
     """The runtime's label of a run, and `partial` for an interrupted one."""
-    known = runtime_label(manifest["runtime"]) if "runtime" in manifest else "runtime unknown"
+    known = runtime_label(manifest["runtime"], manifest.get("engine")) if "runtime" in manifest else "runtime unknown"
     return known + (", partial" if manifest.get("partial", not manifest) else "")
 
 

@@ -298,7 +298,7 @@ def _manifest(
 ) -> dict[str, Any]:
     return {
         **facts,
-        "label": runtime_label(facts.get("runtime")),
+        "label": runtime_label(facts.get("runtime"), facts.get("engine")),
         "partial": record.partial,
         "started_at": started_at,
         "wall_seconds": simulate_s + write_s,

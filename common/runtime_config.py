@@ -15,13 +15,15 @@ CHOICES = {
     "attention": ("auto", "torch", "triton", "flash"),
     "graphs": ("auto", "on", "off"),
     "backend": ("gloo", "nccl"),
+    "launcher": ("auto", "ray"),
 }
-DIST_ONLY = {"backend", "start_timeout_s", "reply_timeout_s", "transfer_timeout_s"}
+SECONDS = ("start_timeout_s", "reply_timeout_s", "transfer_timeout_s", "heartbeat_timeout_s")
+DIST_ONLY = {"backend", "launcher", "piece_kb", *SECONDS}
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
-    """`sim` has a name only; the other keys are those of conf/runtime/local.yaml, the last four of dist.yaml alone."""
+    """`sim` has a name only; the other keys are those of conf/runtime/local.yaml, the last seven of dist.yaml alone."""
 
     name: str
     device: str = "auto"
@@ -34,9 +36,12 @@ class RuntimeConfig:
     threads: int = 1
     check: bool = False
     backend: str = "gloo"
+    launcher: str = "auto"
     start_timeout_s: float = 120.0
     reply_timeout_s: float = 120.0
     transfer_timeout_s: float = 120.0
+    heartbeat_timeout_s: float = 20.0
+    piece_kb: int = 256
 
     @classmethod
     def from_mapping(cls, tree: Mapping[str, Any]) -> RuntimeConfig:
@@ -62,7 +67,13 @@ class RuntimeConfig:
             raise ConfigError(f"runtime.temperature={self.temperature!r}: give a number of at least 0 (0: greedy)")
         if not isinstance(self.check, bool):
             raise ConfigError(f"runtime.check={self.check!r}: use true or false")
-        for key in ("start_timeout_s", "reply_timeout_s", "transfer_timeout_s"):
+        if isinstance(self.piece_kb, bool) or not isinstance(self.piece_kb, int) or self.piece_kb < 1:
+            raise ConfigError(f"runtime.piece_kb={self.piece_kb!r}: give a whole number of at least 1")
+        for key in SECONDS:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
                 raise ConfigError(f"runtime.{key}={value!r}: give seconds above 0")
+        limit = min(self.reply_timeout_s, self.transfer_timeout_s)
+        if self.name == "dist" and self.heartbeat_timeout_s >= limit:
+            raise ConfigError(f"runtime.heartbeat_timeout_s={self.heartbeat_timeout_s:g}: give less than "
+                              f"reply_timeout_s and transfer_timeout_s ({limit:g})")  # fmt: skip

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from common.comm import messages as say
 from common.comm.join import Door, join_groups, store_of, under_torchrun
+from common.comm.worker import start_worker
 from common.errors import ConfigError, ContractError, KVPlaneError
 
 HOST = "127.0.0.1"
-ROOT = Path(__file__).resolve().parents[2]
+WORKER: Callable[[dict[str, str]], None] = start_worker
+FORKS = get_context("forkserver")  # one process imports torch, and all workers of this machine are forked from it
+FORKS.set_forkserver_preload(["common.comm.worker"])
+
+
+class Timeouts(NamedTuple):
+    """In seconds, as `conf/runtime/dist.yaml` names them."""
+
+    start_s: float = 60.0
+    reply_s: float = 60.0
+    transfer_s: float = 60.0
+    heartbeat_s: float = 20.0
 
 
 class Gone(Exception):
@@ -30,27 +42,32 @@ class Hub:
     """Starts the workers (or meets those of torchrun), and ends them. Instance i is worker i + 1."""
 
     def __init__(
-        self, num_workers: int, start_s: float = 60.0, reply_s: float = 60.0, transfer_s: float = 60.0,
-        backend: str = "gloo",
+        self, num_workers: int, timeouts: Timeouts | None = None, backend: str = "gloo", piece_bytes: int = 1 << 18
     ) -> None:  # fmt: skip
         self.num_workers = num_workers
-        self.reply_s = reply_s
+        self.timeouts = timeouts or Timeouts()
+        self.backend, self.piece_bytes = backend, piece_bytes
         self.lost: dict[int, str] = {}  # rank -> how it was noticed
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.processes: dict[int, BaseProcess] = {}
+        self.beats: dict[int, say.Beat] = {}  # what each has sent and received, by its own last word
+        self.arrived: Callable[[int, int], None] | None = None  # told (rank, sequence) of each answer that comes
         self._connections: dict[int, Connection] = {}
         self._answers: dict[tuple[int, int], Any] = {}
+        self._void: set[tuple[int, int]] = set()  # answers that nobody waits for any more
+        self._heard: dict[int, float] = {}
+        self._looked = time.monotonic()
         self._sequence = 0
         self._closed = False
         try:
-            self._open(start_s, transfer_s, backend)
+            self._open()
         except BaseException:
             self.close()
             raise
 
     # ------------------------------------------------------------ life
 
-    def _open(self, start_s: float, transfer_s: float, backend: str) -> None:
-        world_size = self.num_workers + 1
+    def _open(self) -> None:
+        world_size, start_s = self.num_workers + 1, self.timeouts.start_s
         if under_torchrun():
             store, _, found = store_of(start_s)
             host = os.environ["MASTER_ADDR"]
@@ -59,36 +76,38 @@ class Hub:
                                   f"the policy need {world_size} (cluster.num_instances)")  # fmt: skip
         else:
             store, host = TCPStore(HOST, 0, world_size, is_master=True, wait_for_workers=False), HOST
-            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             extra = {"MASTER_ADDR": HOST, "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world_size),
-                     "KVPLANE_START_S": str(start_s), "KVPLANE_TRANSFER_S": str(transfer_s),
-                     "KVPLANE_BACKEND": backend, "PYTHONPATH": path}  # fmt: skip
+                     "KVPLANE_START_S": str(start_s)}  # fmt: skip
             for rank in range(1, world_size):
-                ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                self.processes[rank] = subprocess.Popen(
-                    [sys.executable, "-m", "common.comm.worker"], env={**os.environ, **extra, **ranks}
-                )
+                environment = {**os.environ, **extra, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self.processes[rank] = FORKS.Process(target=WORKER, args=(environment,), name=f"worker {rank}")
+                self.processes[rank].start()
         self._store = store
         door = Door(store, host)
-        self._admit(door, start_s)
+        self._admit(door)
         door.close()
         try:
-            self._peers = join_groups(store, 0, world_size, backend, start_s, transfer_s)
+            self._peers = join_groups(store, 0, world_size, self.backend, start_s, self.timeouts.transfer_s)
         except RuntimeError as error:
             raise KVPlaneError(f"runtime=dist: process groups: {str(error).splitlines()[0]}") from None
+        self._heard = dict.fromkeys(self._connections, time.monotonic())
 
-    def _admit(self, door: Door, start_s: float) -> None:
+    def _admit(self, door: Door) -> None:
+        start_s = self.timeouts.start_s
         deadline = time.monotonic() + start_s
+        terms = say.Terms(self.backend, start_s, self.timeouts.transfer_s, self.timeouts.heartbeat_s / 4,
+                          self.piece_bytes)  # fmt: skip
         while len(self._connections) < self.num_workers:
             for rank, process in self.processes.items():
-                if process.poll() is not None:
-                    raise KVPlaneError(f"worker {rank} ended with code {process.returncode} before it was up")
+                if process.exitcode is not None:
+                    raise KVPlaneError(f"worker {rank} ended with code {process.exitcode} before it was up")
             if time.monotonic() > deadline:
                 missing = sorted(set(range(1, self.num_workers + 1)) - set(self._connections))
                 raise KVPlaneError(f"workers {missing} did not come within {start_s:g} s; see runtime.start_timeout_s")
-            came = door.admit(0.2)
+            came = door.admit(0.2, self.timeouts.heartbeat_s)
             if came is not None:
                 self._connections[came[0]] = came[1]
+                came[1].send(terms)
 
     def close(self) -> None:
         """End all workers; kill those that do not within two seconds."""
@@ -99,11 +118,10 @@ class Hub:
             self.post((rank, say.Exit()))
         deadline = time.monotonic() + 2.0
         for process in self.processes.values():
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.exitcode is None:
                 process.kill()
-                process.wait()
+                process.join()
         for connection in self._connections.values():
             connection.close()
         if dist.is_initialized():
@@ -124,19 +142,19 @@ class Hub:
                 try:
                     self._connections[rank].send((self._sequence, order))
                 except OSError:
-                    self._lose(rank, "its connection is closed")
+                    self.lose(rank, "its connection is closed")
         return self._sequence
 
     def answer(self, rank: int, sequence: int) -> Any:
         """What a worker answered; waits for it. Gone if the worker is."""
-        deadline = time.monotonic() + self.reply_s
+        deadline = time.monotonic() + self.timeouts.reply_s
         while (rank, sequence) not in self._answers:
             if rank in self.lost:
                 raise Gone(rank)
             left = deadline - time.monotonic()
             if left <= 0:
-                raise KVPlaneError(f"worker {rank} (instance {rank - 1}) has not answered for {self.reply_s:g} s; see "
-                                   "runtime.reply_timeout_s")  # fmt: skip
+                raise KVPlaneError(f"worker {rank} (instance {rank - 1}) has not answered for "
+                                   f"{self.timeouts.reply_s:g} s; see runtime.reply_timeout_s")  # fmt: skip
             self.drain(left)
         return self._answers.pop((rank, sequence))
 
@@ -144,24 +162,66 @@ class Hub:
         """`post` and `answer`."""
         return self.answer(rank, self.post((rank, order)))
 
-    def drain(self, timeout_s: float = 0.0) -> None:
-        """Take what has come. Raises what a worker raised."""
-        ranks = {connection: rank for rank, connection in self._connections.items() if rank not in self.lost}
-        for ready in wait(list(ranks), timeout_s):
-            connection: Any = ready
-            rank = ranks[connection]
-            try:
-                answer = connection.recv()
-            except (EOFError, OSError):
-                self._lose(rank, "its connection is closed")
-                continue
-            if answer.error is not None:
-                text = f"worker {rank} (instance {rank - 1}): {answer.error}"
-                raise ContractError(text) if answer.contract else KVPlaneError(text)
-            self._answers[rank, answer.sequence] = answer.value
+    def ready(self, rank: int, sequence: int) -> bool:
+        """Would `answer` return or raise at once?"""
+        return (rank, sequence) in self._answers or rank in self.lost
 
-    def _lose(self, rank: int, how: str) -> None:
-        self.lost[rank] = how
+    def forget(self, rank: int, sequence: int) -> None:
+        """Nobody will ask for this answer."""
+        if self._answers.pop((rank, sequence), self) is self and rank not in self.lost:
+            self._void.add((rank, sequence))
+
+    @property
+    def unclaimed(self) -> int:
+        """Answers that are kept or still looked out for."""
+        return len(self._answers) + len(self._void)
+
+    def drain(self, timeout_s: float = 0.0) -> None:
+        """Take what has come, waiting for it at most so long. Raises what a worker raised."""
+        ranks = {connection: rank for rank, connection in self._connections.items() if rank not in self.lost}
+        for ready in wait(list(ranks), min(timeout_s, self.timeouts.heartbeat_s / 4)):
+            connection: Any = ready
+            self._take(ranks[connection], connection)
+        self._look()
+
+    def _take(self, rank: int, connection: Connection) -> None:
+        try:
+            came = connection.recv()
+        except (EOFError, OSError):
+            self.lose(rank, "its connection is closed")
+            return
+        self._heard[rank] = time.monotonic()
+        if isinstance(came, say.Beat):
+            self.beats[rank] = came
+            return
+        if came.beat is not None:
+            self.beats[rank] = came.beat
+        if came.error is not None:
+            text = f"worker {rank} (instance {rank - 1}): {came.error}"
+            raise ContractError(text) if came.contract else KVPlaneError(text)
+        if (rank, came.sequence) in self._void:
+            self._void.remove((rank, came.sequence))
+            return
+        self._answers[rank, came.sequence] = came.value
+        if self.arrived is not None:
+            self.arrived(rank, came.sequence)
+
+    def _look(self) -> None:
+        """Who has been silent for too long is hung. Where nobody listened for a while, nobody is blamed for it."""
+        now, limit = time.monotonic(), self.timeouts.heartbeat_s
+        if now - self._looked > limit / 2:
+            self._heard = dict.fromkeys(self._heard, now)
+        self._looked = now
+        for rank, heard in self._heard.items():
+            if rank not in self.lost and now - heard > limit:
+                self.lose(rank, f"hung: silent for {limit:g} s")
+
+    def lose(self, rank: int, how: str) -> None:
+        """Give a worker up. What cannot be reached must not go on: it is killed, if it is ours."""
+        self.lost.setdefault(rank, how)
+        self._void = {(other, sequence) for other, sequence in self._void if other != rank}
         process = self.processes.get(rank)
-        if process is not None and process.poll() is None:
-            process.send_signal(signal.SIGKILL)  # what cannot be reached must not go on
+        if process is not None and process.exitcode is None:
+            process.kill()
+        with suppress(OSError):
+            self._connections[rank].close()  # one that is not ours ends when it reads this

@@ -10,7 +10,9 @@ import json
 import os
 import secrets
 import socket
+import struct
 from datetime import timedelta
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
 
@@ -46,17 +48,27 @@ class Door:
         self._key = secrets.token_bytes(32)
         store.set(WHERE, json.dumps([host, self._socket.getsockname()[1], self._key.hex()]))
 
-    def admit(self, timeout_s: float) -> tuple[int, Connection] | None:
-        """(rank, connection) of the next worker; None if nobody came."""
+    def admit(self, timeout_s: float, send_s: float) -> tuple[int, Connection] | None:
+        """(rank, connection) of the next worker; None if nobody came, or somebody who does not know the secret. A
+        send that the other side does not take for `send_s` is an OSError."""
         self._socket.settimeout(timeout_s)
         try:
             accepted, _ = self._socket.accept()
         except TimeoutError:
             return None
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _seconds(max(1.0, timeout_s)))
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _seconds(send_s))
         connection = _connection(accepted)
-        deliver_challenge(connection, self._key)
-        answer_challenge(connection, self._key)
-        return int(connection.recv()), connection
+        try:
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+            rank = int(connection.recv())
+        except (AuthenticationError, OSError, EOFError, ValueError):
+            connection.close()
+            return None
+        with socket.socket(fileno=os.dup(connection.fileno())) as same:
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _seconds(0.0))
+        return rank, connection
 
     def close(self) -> None:
         """Nobody else comes."""
@@ -71,6 +83,11 @@ def knock(store: Any, rank: int) -> Connection:
     deliver_challenge(connection, bytes.fromhex(key))
     connection.send(rank)
     return connection
+
+
+def _seconds(value: float) -> bytes:
+    """A timeval; 0: for ever."""
+    return struct.pack("ll", int(value), int(value % 1 * 1e6))
 
 
 def _connection(opened: socket.socket) -> Connection:

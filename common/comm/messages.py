@@ -21,6 +21,16 @@ Table = NDArray[np.int32]  # [layers, blocks]
 Bands = tuple[tuple[Layers, tuple[PlacePlan, ...]], ...]
 
 
+class Terms(NamedTuple):
+    """The first word to a worker that has come in. `beat_s`: from heartbeat to heartbeat; `piece_bytes`: of a copy."""
+
+    backend: str
+    start_s: float
+    transfer_s: float
+    beat_s: float
+    piece_bytes: int
+
+
 class Setup(NamedTuple):
     """What kind of instance to be; one that there was is forgotten. `weights`: a folder; None: random by `seed`."""
 
@@ -95,15 +105,17 @@ class PutBlocks(NamedTuple):
 
 
 class SendCells(NamedTuple):
-    """Whole cells to a peer."""
+    """These tokens of cells, no others, to a peer."""
 
     to: int
     tier: Tier
     cells: Table
+    tokens: tuple[int, int]
+    first_block: int
 
 
 class TakeCells(NamedTuple):
-    """The other end: what came is put where `tokens` says. Answered: is it there?"""
+    """The other end: what came is put where `tokens` says. Answered: which peer was lost on the way, or None."""
 
     source: int
     tier: Tier
@@ -120,7 +132,8 @@ class SendLayers(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Layers come back from a peer, or from the parameter source (also if the peer is gone). Answered: remaps."""
+    """Layers come back from a peer, or from the parameter source (also if the peer is gone). Answered:
+    remaps, and which peer was lost."""
 
     layers: tuple[int, ...]
     source: int | None
@@ -135,7 +148,7 @@ class SendHidden(NamedTuple):
 
 class RunStage(NamedTuple):
     """A stage of an iteration. `source`: who sends the hidden states (None: the first stage, or they are here).
-    Answered: (tokens sampled, as (request, id); is all of it valid: no peer was lost on the way)."""
+    Answered: tokens sampled, as (request, id), and which peers were lost on the way (then none of it is valid)."""
 
     lane: int
     batch: Batch
@@ -153,6 +166,34 @@ class Attend(NamedTuple):
     bands: Bands
 
 
+class Forget(NamedTuple):
+    """The hidden states that a lane left here go nowhere."""
+
+    lane: int
+
+
+class Settle(NamedTuple):
+    """Somebody was lost: go on when all attention for others that was asked for before has ended."""
+
+
+class CancelTake(NamedTuple):
+    """What the `TakeCells` or `Load` of this number brings is not to be put anywhere from now on."""
+
+    number: int
+
+
+class Beat(NamedTuple):
+    """From a worker, unasked: it lives. Since the `Setup` of this number: bytes sent by kind, received by (kind,
+    source); stages run, and the seconds of its CPU and of the clock that they took."""
+
+    setup: int
+    sent: dict[str, int]
+    received: dict[tuple[str, int], int]
+    stages: int = 0
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+
+
 class Answer(NamedTuple):
     """From a worker. `error`: one line; it ends the run. `contract`: it is a ContractError."""
 
@@ -160,3 +201,4 @@ class Answer(NamedTuple):
     value: Any
     error: str | None = None
     contract: bool = False
+    beat: Beat | None = None  # at that time: so what is acknowledged has been counted

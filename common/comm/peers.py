@@ -19,7 +19,7 @@ TAGS = 1 << 30
 
 
 class PeerLost(Exception):
-    """A peer's connection is closed: its process is gone."""
+    """A peer's connection is closed: its process is gone, or the wire is cut."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(f"worker {rank} is gone")
@@ -33,18 +33,37 @@ class Peers:
         workers, timeout = list(range(1, world_size)), timedelta(seconds=timeout_s)
         self._groups = {kind: dist.new_group(workers, timeout=timeout, backend=backend) for kind in KINDS}
         self._timeout_s = timeout_s
-        self.sent_bytes: Counter[str] = Counter()
+        self._lock = threading.Lock()  # of the counters: several threads send and receive
+        self._sent: Counter[str] = Counter()
+        self._received: Counter[tuple[str, int]] = Counter()
         self._sending: SimpleQueue[tuple[Any, Tensor]] = SimpleQueue()
         threading.Thread(target=self._reap, daemon=True).start()
 
+    def counts(self) -> tuple[dict[str, int], dict[tuple[str, int], int]]:
+        """Bytes sent by kind, and received by (kind, source)."""
+        with self._lock:
+            return dict(self._sent), dict(self._received)
+
+    def reset(self) -> None:
+        """Count anew."""
+        with self._lock:
+            self._sent.clear()
+            self._received.clear()
+
     def send(self, kind: str, tensor: Tensor, to: int, sequence: int) -> None:
         """Returns at once; the tensor is nobody else's from now on. To a peer that is gone nothing is sent."""
-        self.sent_bytes[kind] += tensor.numel() * tensor.element_size()
+        work = self.start(kind, tensor, to, sequence)
+        if work is not None:
+            self._sending.put((work, tensor))
+
+    def start(self, kind: str, tensor: Tensor, to: int, sequence: int) -> Any:
+        """As `send`; what to wait for before the tensor may go. None: the peer is gone."""
+        with self._lock:
+            self._sent[kind] += tensor.numel() * tensor.element_size()
         try:
-            work = dist.isend(tensor, to, group=self._groups[kind], tag=sequence % TAGS)
+            return dist.isend(tensor, to, group=self._groups[kind], tag=sequence % TAGS)
         except RuntimeError:
-            return  # the policy learns of it from the peer's own connection
-        self._sending.put((work, tensor))
+            return None  # the policy learns of it from the peer's own connection
 
     def receive(self, kind: str, tensor: Tensor, source: int, sequence: int) -> Tensor:
         """Fill a contiguous tensor. PeerLost; KVPlaneError when the peer is there but silent."""
@@ -56,6 +75,8 @@ class Peers:
                 raise KVPlaneError(f"nothing came from worker {source} for {self._timeout_s:g} s ({kind}); "
                                    "see runtime.transfer_timeout_s") from None  # fmt: skip
             raise PeerLost(source) from None
+        with self._lock:
+            self._received[kind, source] += tensor.numel() * tensor.element_size()
         return tensor
 
     def _reap(self) -> None:
@@ -65,7 +86,7 @@ class Peers:
             try:
                 work.wait()
             except RuntimeError:
-                continue  # as in `send`
+                continue  # as in `start`
 
 
 def pack(*parts: Tensor) -> Tensor:

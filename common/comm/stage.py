@@ -49,9 +49,9 @@ class StageRunner(Runner):
         decoder, source, backend, *rest = args
         super().__init__(decoder, source, backend, cast(dict[int, EngineInstance], instances), *rest, **options)
 
-    def stage(self, message: RunStage, home: int, sequence: int) -> tuple[list[tuple[int, int]], bool]:
-        """Run it. Where a peer is lost the rest goes on with what there is, as others wait for their part of it; the
-        result is then not valid."""
+    def stage(self, message: RunStage, home: int, sequence: int) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+        """Run it. Where peers are lost the rest goes on with what there is, as others wait for their part of it; the
+        result is then not valid. Tokens, and who was lost."""
         self._lost, self._sequence, self._bands = set(), sequence, dict(message.bands)
         item = Item(message.batch, message.ids)
         if message.layers[0]:
@@ -64,7 +64,7 @@ class StageRunner(Runner):
         if message.layers[1] < self.decoder.spec.num_layers:
             assert item.hidden is not None
             self.hidden[message.lane] = item.hidden
-        return item.sampled, not self._lost
+        return item.sampled, tuple(sorted(self._lost))
 
     def _hidden(self, message: RunStage) -> Tensor:
         if message.source is None:

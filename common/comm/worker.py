@@ -8,39 +8,43 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Callable
-from queue import SimpleQueue
 from typing import Any
 
-import numpy as np
 import torch
 
 from common.comm import messages as say
+from common.comm.beside import Beside
+from common.comm.copies import Arrival, Copies, cut_tokens, put_tokens
 from common.comm.join import join_groups, knock, store_of
+from common.comm.loop import Ear, Mouth, carry_out, serve
 from common.comm.peers import PeerLost, Peers
 from common.comm.stage import StageRunner
 from common.engine.folder import FolderSource
-from common.engine.instance import InstanceBytes, cell_shape, put_blocks
+from common.engine.instance import InstanceBytes, put_blocks
 from common.engine.model import Decoder
 from common.engine.spec import DecoderSpec
 from common.engine.weights import MemorySource, ParameterSource, RandomSource
-from common.errors import ContractError, KVPlaneError
-from common.kernels.cache import gather_cells
+from common.errors import KVPlaneError
 from common.kernels.select import choose
 
 
 class Worker:
     """Carries orders out. Handlers take (order, sequence) and return what an answer says."""
 
-    def __init__(self, peers: Peers) -> None:
-        self.peers = peers
+    def __init__(self, peers: Peers, copies: Copies) -> None:
+        self.peers, self.copies = peers, copies
         self.instances: dict[int, InstanceBytes] = {}
+        self.setup_number = 0
+        self._ran = (0, 0.0, 0.0)  # stages, and seconds of this thread's CPU and of the clock that they took
+        self._void: set[int] = set()  # copies whose bytes are not wanted any more
         self._sources: dict[Any, ParameterSource] = {}
         self.handlers: dict[type, Callable[[Any, int], Any]] = {
             say.Setup: self._setup,
             say.Start: self._start,
             say.Stop: lambda order, _: self._stop(),
+            say.Settle: lambda order, _: None,
             say.Poison: lambda order, _: self.engine.poison(*order),
             say.DropPages: lambda order, _: self.engine.drop_pages(*order),
             say.Widen: lambda order, _: self.engine.widen(*order),
@@ -51,9 +55,11 @@ class Worker:
             say.TakeCells: self._take_cells,
             say.SendLayers: self._send_layers,
             say.Load: self._load,
+            say.CancelTake: lambda order, _: self._void.add(order.number),
             say.SendHidden: self._send_hidden,
-            say.RunStage: lambda order, sequence: self.runner.stage(order, self.index, sequence),
-            say.Attend: lambda order, sequence: self.runner.attend_for(order, sequence),
+            say.Forget: lambda order, _: self.runner.hidden.pop(order.lane, None),
+            say.RunStage: self._run_stage,
+            Arrival: self._arrived,
         }
 
     @property
@@ -61,22 +67,33 @@ class Worker:
         """The instance, which is up."""
         return self.instances[self.index]
 
+    def beat(self) -> say.Beat:
+        """That it lives, and what it has sent and received since its setup."""
+        (sent, received), (stages, cpu_s, wall_s) = self.peers.counts(), self._ran
+        return say.Beat(self.setup_number, sent, received, stages, cpu_s, wall_s)
+
     # ------------------------------------------------------------ life
 
-    def _setup(self, order: say.Setup, _: int) -> dict[str, str]:
+    def _setup(self, order: say.Setup, sequence: int) -> dict[str, str]:
         self._stop_all()
         self.setup, self.index = order, order.info.instance
         self.device = torch.device(order.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.peers.sent_bytes.clear()
+        self.peers.reset()
+        self._ran = (0, 0.0, 0.0)
+        self.setup_number = sequence
+        self.source = self._source(order.spec, order.weights, order.seed)
+        backend, self.runner = self._runner(order)
+        _, self.attender = self._runner(order)  # for others, in a thread of its own
+        return {"attention": backend.reason}
+
+    def _runner(self, order: say.Setup) -> tuple[Any, StageRunner]:
         spec = order.spec
-        self.source = self._source(spec, order.weights, order.seed)
         backend = choose(self.device, spec.dtype, order.block_size, order.attention)
         decoder = Decoder(spec, self.device, spec.dtype)
-        self.runner = StageRunner(self.peers, self.instances, decoder, self.source, backend, order.block_size,
-                                  order.sampling, order.poison)  # fmt: skip
-        return {"attention": backend.reason}
+        return backend, StageRunner(self.peers, self.instances, decoder, self.source, backend, order.block_size,
+                                    order.sampling, order.poison)  # fmt: skip
 
     def _source(self, spec: DecoderSpec, weights: str | None, seed: int) -> ParameterSource:
         key = (spec, weights, seed)
@@ -90,13 +107,25 @@ class Worker:
         self.instances[self.index] = InstanceBytes(order.info, order.spec, order.spec.dtype, self.device,
                                                    order.block_size, self.source, order.poison)  # fmt: skip
 
-    def _stop(self) -> dict[str, int]:
+    def _stop(self) -> say.Beat:
         self._stop_all()
-        return dict(self.peers.sent_bytes)
+        return self.beat()
 
     def _stop_all(self) -> None:
         for index in list(self.instances):
             self.instances.pop(index).close()
+
+    def _run_stage(self, order: say.RunStage, sequence: int) -> Any:
+        cpu, wall = time.thread_time(), time.perf_counter()
+        try:
+            return self.runner.stage(order, self.index, sequence)
+        finally:
+            num, cpu_s, wall_s = self._ran
+            self._ran = (num + 1, cpu_s + time.thread_time() - cpu, wall_s + time.perf_counter() - wall)
+
+    def attend(self, order: say.Attend, sequence: int) -> None:
+        """A creditor's part of a stage; in a thread of its own."""
+        self.attender.attend_for(order, sequence)
 
     # ------------------------------------------------------------ bytes
 
@@ -107,100 +136,110 @@ class Worker:
                    self.setup.block_size)  # fmt: skip
 
     def _send_cells(self, order: say.SendCells, sequence: int) -> None:
-        ids = torch.from_numpy(order.cells.ravel().astype(np.int64))
-        cells = gather_cells(self.engine.cells(order.tier, int(ids.max())), ids)
-        self.peers.send("copies", cells.to(self.device), order.to, sequence)
+        source = self.engine.cells(order.tier, int(order.cells.max()))
+        tokens = cut_tokens(source, order.cells, order.tokens, order.first_block)
+        self.copies.send(tokens.to(self.device), order.to, sequence)
 
-    def _take_cells(self, order: say.TakeCells, sequence: int) -> bool:
-        spec, table = self.setup.spec, order.cells
-        came = torch.empty((table.size, *cell_shape(spec, self.setup.block_size)), dtype=spec.dtype, device=self.device)
-        try:
-            self.peers.receive("copies", came, order.source, sequence)
-        except PeerLost:
-            return False
-        goal = self.engine.cells(order.tier, int(table.max()))
-        numbers = np.arange(table.size, dtype=np.int32).reshape(table.shape)
-        put_blocks(came, numbers, goal, table, order.tokens, order.first_block, self.setup.block_size)
-        return True
+    def _take_cells(self, order: say.TakeCells, sequence: int) -> None:
+        spec, num = self.setup.spec, order.tokens[1] - order.tokens[0]
+        shape = (len(order.cells), 2, num, spec.num_kv_heads, spec.head_dim)
+        came = torch.empty(shape, dtype=spec.dtype, device=self.device)
+        engine = self.engine
+
+        def put() -> None:
+            goal = engine.cells(order.tier, int(order.cells.max()))
+            put_tokens(came, goal, order.cells, order.tokens, order.first_block)
+
+        def fetch() -> Callable[[], Any]:
+            try:
+                self.copies.receive(came, order.source, sequence)
+            except PeerLost as error:
+                rank = error.rank
+                return lambda: rank
+            return self._if_still(engine, sequence, put)
+
+        self.copies.take(sequence, fetch)
+
+    def _if_still(self, engine: InstanceBytes, number: int, put: Callable[[], Any]) -> Callable[[], Any]:
+        """Put what came, unless the instance has gone meanwhile or nobody wants it any more."""
+
+        def when_due() -> Any:
+            wanted = number not in self._void and self.instances.get(self.index) is engine
+            self._void.discard(number)
+            return put() if wanted else None
+
+        return when_due
 
     def _send_layers(self, order: say.SendLayers, sequence: int) -> None:
         for index in order.layers:
-            self.peers.send("copies", self.engine.slab(index).clone(), order.to, sequence)
+            self.copies.send(self.engine.slab(index).clone(), order.to, sequence)
 
-    def _load(self, order: say.Load, sequence: int) -> list[Any]:
-        remaps, source = [], order.source
+    def _load(self, order: say.Load, sequence: int) -> None:
+        engine, slabs, remaps = self.engine, [], []
         for index in order.layers:
-            remap, slab = self.engine.restore(index)
+            remap, slab = engine.restore(index)
             remaps.append(remap)
-            if source is not None:
-                try:
-                    self.peers.receive("copies", slab, source, sequence)
-                    continue
-                except PeerLost:
-                    source = None
-            self.source.layer_into(index, slab)
-        return remaps
+            slabs.append(slab)
+
+        def fetch() -> Callable[[], Any]:
+            source, buffers = order.source, [torch.empty_like(slab) for slab in slabs]
+            lost = None
+            for index, buffer in zip(order.layers, buffers):
+                if source is not None:
+                    try:
+                        self.copies.receive(buffer, source, sequence)
+                        continue
+                    except PeerLost as error:
+                        source, lost = None, error.rank
+                self.source.layer_into(index, buffer)
+
+            def put() -> Any:
+                for slab, buffer in zip(slabs, buffers):
+                    slab.copy_(buffer)
+                return remaps, lost
+
+            return self._if_still(engine, sequence, put)
+
+        self.copies.take(sequence, fetch)
+
+    @staticmethod
+    def _arrived(arrival: Arrival, _: int) -> Any:
+        if arrival.error is not None:
+            raise KVPlaneError(arrival.error)
+        return arrival.put()
 
     def _send_hidden(self, order: say.SendHidden, sequence: int) -> None:
         self.peers.send("hidden", self.runner.hidden.pop(order.lane), order.to, sequence)
-
-
-Orders = SimpleQueue[tuple[int, Any]]
-
-
-def listen(connection: Any) -> Orders:
-    """Orders as they come in. When the policy process is gone this one ends at once, whatever it is in."""
-    orders: Orders = SimpleQueue()
-
-    def read() -> None:
-        try:
-            order = None
-            while not isinstance(order, say.Exit):  # after that the connection may close
-                sequence, order = connection.recv()
-                orders.put((sequence, order))
-        except (EOFError, OSError):
-            os._exit(1)
-
-    threading.Thread(target=read, daemon=True).start()
-    return orders
-
-
-def serve(connection: Any, orders: Orders, worker: Worker) -> None:
-    """Orders one by one until `Exit`. A broken contract or a failure is answered too, and what follows as well."""
-    while True:
-        sequence, order = orders.get()
-        if isinstance(order, say.Exit):
-            return
-        try:
-            answer = say.Answer(sequence, worker.handlers[type(order)](order, sequence))
-        except ContractError as error:
-            answer = say.Answer(sequence, None, str(error), contract=True)
-        except Exception as error:  # whatever it is, it ends the run in one line, at the policy
-            kind = "" if isinstance(error, KVPlaneError) else f"{type(error).__name__} in {type(order).__name__}: "
-            answer = say.Answer(sequence, None, kind + (str(error).splitlines() or ["?"])[0])
-        if isinstance(order, ANSWERED) or answer.error is not None:
-            connection.send(answer)
-
-
-ANSWERED = (say.Setup, say.Stop, say.DropPages, say.TakeCells, say.Load, say.RunStage)
 
 
 def main() -> None:
     """One worker, from rendezvous to exit."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the policy process's business
     torch.set_num_threads(1)
-    start_s, transfer_s = (float(os.environ.get(f"KVPLANE_{name}_S", "60")) for name in ("START", "TRANSFER"))
-    backend = os.environ.get("KVPLANE_BACKEND", "gloo")
+    start_s = float(os.environ.get("KVPLANE_START_S", "60"))
     try:
         store, rank, world_size = store_of(start_s)
         connection = knock(store, rank)
-        orders = listen(connection)
-        peers = join_groups(store, rank, world_size, backend, start_s, transfer_s)
+        terms = connection.recv()
+        ear, mouth = Ear(connection), Mouth(connection)
+        peers = join_groups(store, rank, world_size, terms.backend, terms.start_s, terms.transfer_s)
     except (KVPlaneError, RuntimeError, OSError, EOFError) as error:
         print(f"worker {os.environ.get('RANK')}: {str(error).splitlines()[0]}", file=sys.stderr)
         os._exit(1)
-    serve(connection, orders, Worker(peers))
+    copies = Copies(peers, terms.piece_bytes, lambda arrival: ear.orders.put((arrival.number, arrival, None)))
+    worker = Worker(peers, copies)
+    beside = Beside(lambda sequence, order: carry_out(mouth, sequence, order, worker.attend))
+    ear.start(beside)
+    mouth.beats(worker.beat, terms.beat_s)
+    serve(ear, mouth, worker.handlers, beside)
     os._exit(0)  # without waiting for peers' connections
+
+
+def start_worker(environment: dict[str, str]) -> None:
+    """A process of its own, forked from one that has imported this; never returns."""
+    os.environ.clear()
+    os.environ.update(environment)
+    main()
 
 
 if __name__ == "__main__":

@@ -9,18 +9,33 @@ from __future__ import annotations
 from heapq import heappush
 from typing import Any
 
+from common.comm.peers import KINDS
 from common.comm.world import RemoteItem, RemoteWorld, rank_of
 from common.errors import KVPlaneError
 from common.executors.local import LocalExecutor
+from common.executors.localbooks import LocalLosses
 from common.executors.simlane import SimLane
 from common.executors.simstate import DONE
 from common.types import CopySpan, Event
+
+
+class DistLosses(LocalLosses):
+    """As in local; and nobody waits any more for the iteration that was cut short."""
+
+    executor: DistExecutor
+
+    def halt(self, lane: SimLane) -> None:
+        super().halt(lane)
+        item = self.executor._items.pop(lane.id, None)
+        if item is not None:
+            self.executor.world.runner.drop(item)
 
 
 class DistExecutor(LocalExecutor):
     """See the module docstring. `world.hub` is the caller's; `close` ends instances and, with `own_hub`, workers."""
 
     world: RemoteWorld
+    losses_type = DistLosses
 
     def __init__(self, *args: Any, own_hub: bool = True, **options: Any) -> None:
         self._own_hub = own_hub
@@ -40,6 +55,8 @@ class DistExecutor(LocalExecutor):
         for instance in fresh:
             self._noticed.add(instance)
             self.control.lose_at(self.state.now, instance)
+        if fresh:  # cells may change hands now that somebody's unfinished work still writes to
+            self.world.settle()
         return bool(fresh)
 
     def came_up(self, instance: int) -> None:
@@ -48,7 +65,7 @@ class DistExecutor(LocalExecutor):
         if not self.world.hub.alive(rank_of(instance)):
             self.control.lose_at(self.state.now, instance)
 
-    def copied(self, command: CopySpan) -> bool:
+    def copied(self, command: CopySpan) -> bool | None:
         """Move a copy's bytes, and wait until they are there."""
         if super().copied(command):
             return True
@@ -81,13 +98,20 @@ class DistExecutor(LocalExecutor):
         return spread | {stage.instance for stage in lane.stages}
 
     def report(self) -> dict[str, Any]:
-        """As in local, and what the workers sent each other (of those that were still there to tell)."""
+        """As in local, and what the workers sent each other: as planned, and as counted on the wire."""
         self.world.close()
         lost = {str(rank - 1): how for rank, how in self.world.hub.lost.items()}
-        return {**super().report(), "sent_bytes": dict(self.world.sent), "lost_workers": lost}
+        sent, received = self.world.wire()
+        counts = {"ordered": self.world.ordered, "acknowledged": self.world.acknowledged, "sent": sent,
+                  "received": received}  # fmt: skip
+        wire = {f"{name}_bytes": {kind: found[kind] for kind in KINDS} for name, found in counts.items()}
+        num, cpu_s, wall_s = self.world.stages()
+        stages = {"stages": num, "stage_cpu_ms": 1e3 * cpu_s / max(1, num), "stage_wall_ms": 1e3 * wall_s / max(1, num)}
+        return {**super().report(), **wire, **stages, "lost_workers": lost}
 
     def close(self) -> None:
         """Give everything back."""
         self.world.close()
+        self.world.hub.arrived = None
         if self._own_hub:
             self.world.hub.close()

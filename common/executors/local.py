@@ -343,8 +343,12 @@ class LocalExecutor(SimExecutor):
 
     # ------------------------------------------------------------ bytes
 
-    def copied(self, command: CopySpan) -> bool:
+    def copied(self, command: CopySpan) -> bool | None:
         """Move a copy's bytes."""
+        return self.world.move(*self._ends(command))
+
+    def _ends(self, command: CopySpan) -> tuple[Any, Any, tuple[int, int], int]:
+        """Of a copy: (instance, tier, cells) at both ends, tokens, and the first of their blocks."""
         dst = self.world.instances[command.dst]
         size = self.state.block_size
         first, last = command.tokens[0] // size, -(-command.tokens[1] // size)
@@ -352,7 +356,7 @@ class LocalExecutor(SimExecutor):
         low, high = command.layers
         goal = dst.stores[command.dst_tier].of(command.request_id).table[low:high, first:last]
         here, there = (command.src, command.src_tier, source), (command.dst, command.dst_tier, goal)
-        return self.world.move(here, there, command.tokens, first)
+        return here, there, command.tokens, first
 
     def _source_cells(self, command: CopySpan, first: int, last: int) -> Any:
         """Cells of a copy's source: the request's own or read ones, else cached blocks of its content."""
@@ -415,9 +419,10 @@ class LocalExecutor(SimExecutor):
         """Pages change hands."""
         self.world.instances[command.instance].drop(command.layers)
 
-    def layers_loaded(self, command: LoadLayers, missing: Sequence[int]) -> None:
+    def layers_loaded(self, command: LoadLayers, missing: Sequence[int], loaded: Callable[[], None]) -> None:
         """Parameters arrive."""
         self.world.load(command.instance, list(missing), command.source)
+        loaded()
 
     def kv_resized(self, instance: int) -> None:
         """Compact, or take back."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from typing import Any
 
@@ -603,10 +603,13 @@ class SimExecutor:
 
     # ------------------------------------------------------------ for runtimes that have real bytes
 
-    def copied(self, command: CopySpan) -> bool:
+    def copied(self, command: CopySpan) -> bool | None:
         """The last byte of a copy has arrived; its destination is not readable yet. False: it has not, as an instance
-        is gone that nobody knows of yet."""
+        is gone that nobody knows of yet. None: it has not yet; `moves.landed` will be told."""
         return True
+
+    def copy_stopped(self, command: CopySpan) -> None:
+        """A copy has failed or was cancelled; its destination has not been freed yet."""
 
     def swap_begins(self, command: SwapSpan) -> None:
         """A swap has booked both tiers."""
@@ -617,8 +620,10 @@ class SimExecutor:
     def layers_dropped(self, command: DropLayers) -> None:
         """A drop's remap is done."""
 
-    def layers_loaded(self, command: LoadLayers, missing: Sequence[int]) -> None:
-        """The last byte of these layers' parameters has arrived."""
+    def layers_loaded(self, command: LoadLayers, missing: Sequence[int], loaded: Callable[[], None]) -> None:
+        """The last byte of these layers' parameters has arrived, or could have; `loaded` is to be called when it
+        has."""
+        loaded()
 
     def kv_resized(self, instance: int) -> None:
         """`ShrinkKV` has set the capacity of an instance's KV range."""

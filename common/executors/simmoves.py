@@ -174,10 +174,20 @@ class Moves:
         copy.pieces -= 1
         if copy.left or copy.pieces:
             return
-        command, state = copy.command, self.state
-        if not self.executor.copied(command):
+        there = self.executor.copied(copy.command)
+        if there is not None:
+            self._landed(copy, there)
+
+    def landed(self, command_id: int, there: bool) -> None:
+        """What `copied` could not tell: a copy's bytes are there, or will never be."""
+        if command_id in self.copies:
+            self._landed(self.copies[command_id], there)
+
+    def _landed(self, copy: Copy, there: bool) -> None:
+        if not there:
             self._end_copy(copy, Status.FAILED)
             return
+        command, state = copy.command, self.state
         del self.copies[command.command_id]
         self._detach(copy)
         copy.dst_held.ready = True
@@ -206,6 +216,7 @@ class Moves:
         """Stop a copy: nothing of it stays at the destination."""
         command = copy.command
         del self.copies[command.command_id]
+        self.executor.copy_stopped(command)
         for flow in copy.flows:
             self.links.stop(flow)
         self._detach(copy)

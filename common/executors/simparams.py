@@ -93,16 +93,19 @@ class Params:
         src, start = instance if source is None else source, state.now
         num_bytes = len(missing) * memory.info.layer_param_bytes
 
-        def done(_: int) -> None:
-            del self._pending[command.command_id]
+        def loaded() -> None:
+            if self._pending.pop(command.command_id, None) is None:
+                return  # an end of it was lost
             memory.loading -= missing
             for layer in missing:
                 memory.resident[layer] = True
-            self.executor.layers_loaded(command, sorted(missing))
             state.moved(start, src, instance, num_bytes, -1, "load")
             self._note("load", start, instance, len(missing))
             lanes = self.executor.lanes_of(instance)
             state.ready.append(LayersLoaded(command.command_id, Status.OK, memory.capacity, lanes))
+
+        def done(_: int) -> None:
+            self.executor.layers_loaded(command, sorted(missing), loaded)
 
         spec = state.cluster.pcie if source is None else state.cluster.link(src, instance)
         ports = state.cluster.ports(src, instance)

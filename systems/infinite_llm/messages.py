@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from common.log import register
+
 ENTRY_BYTES = 24  # of one placement entry on the wire
 HEADER_BYTES = 64
 
@@ -183,3 +185,7 @@ def manager_name(instance: int) -> str:
 
 GMANAGER = "gm"
 GMANAGER_INSTANCE = -1  # to whom an rManager speaks when it speaks to the gManager
+
+
+register(PlacementEntry, Load, Heartbeat, Resync, MoveKvcache, Need, Offer, Settled, TryMoveKvcache, Answer, Release,
+         Return, Renew, Renewed, Freeze, Frozen, Recall, Recalled, Unfreeze)  # fmt: skip

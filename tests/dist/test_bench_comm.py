@@ -1,0 +1,43 @@
+"""`python -m bench.comm`: what it makes of its numbers, and one short run of it."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from bench.comm import between_workers, link, write_profile
+from common.errors import ConfigError
+from tests.dist.pool import own_hub_closed
+
+
+def row(size: int, us: float) -> dict[str, float]:
+    return {"bytes": size, "P5 (us)": us}
+
+
+def test_a_link_is_a_latency_and_a_bandwidth() -> None:
+    large = [row(1 << n, 50 + (1 << n) / 500) for n in (20, 22, 24)]
+    rows = [row(64, 52.0), row(1 << 10, 50.0), row(1 << 16, 40.0), *large]
+    assert link(rows) == (50_000, pytest.approx(500e6))
+
+
+def test_links_go_into_a_hardware_file(tmp_path) -> None:
+    base = tmp_path / "mine.yaml"
+    base.write_text(yaml.safe_dump({"name": "mine", "nic_bandwidth": 1.0, "host_ns": 7, "provenance": "here"}))
+    base.with_suffix(".npz").write_bytes(b"grid")
+    path = write_profile(base, "linked", (40_000, 9e8), (90_000, 3e8), 180.0)
+    values = yaml.safe_load(path.read_text())
+    assert values["nic_bandwidth"] == values["nvlink_bandwidth"] == 3e8 and values["nic_latency_ns"] == 40_000
+    assert values["host_ns"] == 180_007 and values["name"] == "linked"
+    assert path.with_suffix(".npz").read_bytes() == b"grid"
+    with pytest.raises(ConfigError, match="not a hardware file"):
+        write_profile(tmp_path / "none.yaml", "linked", (1, 1.0), (1, 1.0), 1.0)
+
+
+def test_all_primitives_are_measured() -> None:
+    own_hub_closed()
+    found = between_workers("gloo", 8)
+    assert len(found) == 7
+    for rows in found.values():
+        assert rows and all(value > 0 for one in rows for key, value in one.items() if "(us)" in key)
+    sizes = [one["bytes"] for one in found["activation (send, receive)"]]
+    assert sizes == sorted(sizes) and sizes[0] == 64 and sizes[-1] == 1 << 24
