@@ -214,7 +214,8 @@ def _composable(sweep: Plan, say: Callable[[str], None]) -> tuple[Plan, list[Job
     Hydra would end the whole sweep with a traceback. A key that fits no system at all is raised, as one line.
     """
     firsts = [_first(text) for text in sweep.arguments
-              if "=" in text and _key(text) != "system" and not _key(text).startswith("hydra")]  # fmt: skip
+              if "=" in text and _key(text) != "system"
+              and (_key(text) == "hydra.searchpath" or not _key(text).startswith("hydra"))]  # fmt: skip
     given = [text for text in sweep.arguments if _key(text) == "system"]
     failed: list[Job] = []
     last: ConfigError | None = None

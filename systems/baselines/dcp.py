@@ -180,6 +180,7 @@ class DcpPolicy:
         if group.dying:
             return
         orphans, group.orphans = group.orphans, []
+        group.ledger = CellLedger()  # nobody's, where no member is left
         if group.members and len(group.cells) == len(group.members):
             self._form(group, out)
         for seq in orphans:

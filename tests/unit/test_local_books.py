@@ -21,7 +21,7 @@ def test_a_request_whose_blocks_all_change_keeps_what_it_shares():
     state = SimpleNamespace(dirty={}, held={}, block_size=16)
     engine = SimpleNamespace(stores={Tier.HBM: store})
     executor = SimpleNamespace(local_state=state, world=SimpleNamespace(instances={0: engine}),
-                               cluster=SimpleNamespace(num_layers=LAYERS))  # fmt: skip
+                               cluster=SimpleNamespace(instances={0: SimpleNamespace(num_layers=LAYERS)}))  # fmt: skip
     books = LocalBooks(executor)
 
     def own(request_id, start, end):
