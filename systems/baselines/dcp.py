@@ -19,15 +19,13 @@ from common.types import (
     Abort,
     ClusterInfo,
     Command,
-    Event,
-    InstanceLost,
     InstanceUp,
-    RequestArrived,
     Rule,
     Status,
     StepDone,
 )
 from systems.baselines.dcp_lane import DcpLane
+from systems.baselines.events import ServingEvents
 
 
 @dataclass(slots=True)
@@ -56,7 +54,7 @@ def groups_of(cluster: ClusterInfo, size: int | None) -> list[tuple[int, ...]]:
     return [tuple(ids[at : at + size]) for at in range(0, len(ids), size)]
 
 
-class DcpPolicy:
+class DcpPolicy(ServingEvents):
     """One lane per instance; a group's lanes draw on one account."""
 
     def __init__(self, cluster: ClusterInfo, engine: EngineConfig, size: int | None = None,
@@ -72,23 +70,6 @@ class DcpPolicy:
         self.dispatcher = Dispatcher(self.lanes, dispatch)  # type: ignore[arg-type]
         self._orphans: list[Seq] = []  # arrived while no group was whole
         self._starts: dict[int, int] = {}
-
-    def on_event(self, now_ns: int, event: Event) -> list[Command]:
-        """React to arrivals, step ends, and members that come and go."""
-        out: list[Command] = []
-        if isinstance(event, StepDone):
-            self._step_done(event, out)
-        elif isinstance(event, RequestArrived):
-            seq = Seq(event.request_id, event.prompt_tokens, event.max_output_tokens, event.content, event.session)
-            self._route(seq, out)
-        elif isinstance(event, InstanceUp) and event.status is Status.OK:
-            group = self.home[event.instance]
-            group.cells[event.instance] = event.kv_cells
-            if len(group.cells) == len(group.members):
-                self._form(group, out)
-        elif isinstance(event, InstanceLost):
-            self._lost(event.instance, out)
-        return out
 
     def gauges(self) -> Iterable[Gauge]:
         """One row per member."""
@@ -143,6 +124,12 @@ class DcpPolicy:
             out.append(Abort(stuck.waiting.popleft().request_id, reason))
 
     # ------------------------------------------------------------ membership
+
+    def _up(self, event: InstanceUp, out: list[Command]) -> None:
+        group = self.home[event.instance]
+        group.cells[event.instance] = event.kv_cells
+        if len(group.cells) == len(group.members):
+            self._form(group, out)
 
     def _form(self, group: Group, out: list[Command]) -> None:
         """All members are there: an account and a lane for each."""

@@ -19,18 +19,16 @@ from common.types import (
     Abort,
     ClusterInfo,
     Command,
-    Event,
-    InstanceLost,
     InstanceUp,
-    RequestArrived,
     Rule,
     Stage,
     Status,
     StepDone,
 )
+from systems.baselines.events import ServingEvents
 
 
-class SinglePolicy:
+class SinglePolicy(ServingEvents):
     """Instances of the cluster are its stages, with even shares of the layers, in order."""
 
     def __init__(self, cluster: ClusterInfo, engine: EngineConfig) -> None:
@@ -46,28 +44,6 @@ class SinglePolicy:
         self.up = 0
         self.dead = False
 
-    def on_event(self, now_ns: int, event: Event) -> list[Command]:
-        """React to arrivals and step ends; a lost node ends the instance."""
-        out: list[Command] = []
-        if isinstance(event, StepDone):
-            lane = self.lanes[event.lane]
-            if event.status is not Status.OK:
-                self._abort(lane.lost(event), out)
-                return out
-            lane.step_done(event, out)
-            self._schedule(lane, out)
-        elif isinstance(event, RequestArrived):
-            seq = Seq(event.request_id, event.prompt_tokens, event.max_output_tokens, event.content, event.session)
-            self._arrived(seq, out)
-        elif isinstance(event, InstanceUp) and event.status is Status.OK:
-            self._up(event, out)
-        elif isinstance(event, InstanceLost):
-            self.dead = True
-            for lane in self.lanes:
-                if not lane.busy:
-                    self._abort(lane.lost(None), out)
-        return out
-
     def gauges(self) -> Iterable[Gauge]:
         """One row per node."""
         infos = self.cluster.instances
@@ -79,6 +55,21 @@ class SinglePolicy:
             yield Gauge(stage.instance, running, len(self.waiting), used // layers, cells // layers, 0,
                         param_bytes=layers * infos[stage.instance].layer_param_bytes)  # fmt: skip
 
+    def _step_done(self, event: StepDone, out: list[Command]) -> None:
+        lane = self.lanes[event.lane]
+        if event.status is not Status.OK:
+            self._abort(lane.lost(event), out)
+            return
+        lane.step_done(event, out)
+        self._schedule(lane, out)
+
+    def _lost(self, instance: int, out: list[Command]) -> None:
+        """A lost node ends the instance."""
+        self.dead = True
+        for lane in self.lanes:
+            if not lane.busy:
+                self._abort(lane.lost(None), out)
+
     def _up(self, event: InstanceUp, out: list[Command]) -> None:
         self.ledger.open(event.instance, event.kv_cells)
         self.up += 1
@@ -89,9 +80,9 @@ class SinglePolicy:
             early, self.waiting = list(self.waiting), self.lanes[0].waiting
             self.waiting.clear()
             for seq in early:
-                self._arrived(seq, out)
+                self._route(seq, out)
 
-    def _arrived(self, seq: Seq, out: list[Command]) -> None:
+    def _route(self, seq: Seq, out: list[Command]) -> None:
         if self.dead:
             self._abort([seq], out)
         elif not self.lanes:

@@ -15,17 +15,15 @@ from common.types import (
     Abort,
     ClusterInfo,
     Command,
-    Event,
-    InstanceLost,
     InstanceUp,
-    RequestArrived,
     Stage,
     Status,
     StepDone,
 )
+from systems.baselines.events import ServingEvents
 
 
-class VllmPolicy:
+class VllmPolicy(ServingEvents):
     """One lane per instance; a request stays where it was dispatched unless the instance dies."""
 
     def __init__(self, cluster: ClusterInfo, engine: EngineConfig, dispatch: Dispatch = "least_outstanding") -> None:
@@ -38,21 +36,6 @@ class VllmPolicy:
         self._starts: dict[int, int] = {}  # instance -> times it came up
 
     # ------------------------------------------------------------ contract
-
-    def on_event(self, now_ns: int, event: Event) -> list[Command]:
-        """React to arrivals, step ends, and instances that come and go."""
-        out: list[Command] = []
-        if isinstance(event, StepDone):
-            self._step_done(event, out)
-        elif isinstance(event, RequestArrived):
-            seq = Seq(event.request_id, event.prompt_tokens, event.max_output_tokens, event.content, event.session)
-            self._route(seq, out)
-        elif isinstance(event, InstanceUp):
-            if event.status is Status.OK:
-                self._up(event, out)
-        elif isinstance(event, InstanceLost):
-            self._lost(event.instance, out)
-        return out
 
     def gauges(self) -> Iterable[Gauge]:
         """One row per instance."""

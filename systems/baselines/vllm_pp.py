@@ -23,15 +23,14 @@ from common.types import (
     Command,
     DropLayers,
     Event,
-    InstanceLost,
     InstanceUp,
     Layers,
     LayersDropped,
-    RequestArrived,
     Stage,
     Status,
     StepDone,
 )
+from systems.baselines.events import ServingEvents
 
 OWN_IDS = 1 << 62  # command ids that no lane uses
 
@@ -84,7 +83,7 @@ class Pipeline:
         self.orphans: list[Seq] = []
 
 
-class VllmPpPolicy:
+class VllmPpPolicy(ServingEvents):
     """Dispatches over pipelines; a request stays in its pipeline unless a member dies."""
 
     def __init__(self, cluster: ClusterInfo, engine: EngineConfig, stages: int = 2,
@@ -112,20 +111,11 @@ class VllmPpPolicy:
     # ------------------------------------------------------------ contract
 
     def on_event(self, now_ns: int, event: Event) -> list[Command]:
-        """React to arrivals, step ends, and instances that come and go."""
+        """As any that serves; layers are dropped when the cluster comes up, too."""
+        if not isinstance(event, LayersDropped):
+            return super().on_event(now_ns, event)
         out: list[Command] = []
-        if isinstance(event, StepDone):
-            self._step_done(event, out)
-        elif isinstance(event, RequestArrived):
-            seq = Seq(event.request_id, event.prompt_tokens, event.max_output_tokens, event.content, event.session)
-            self._route(seq, out)
-        elif isinstance(event, InstanceUp):
-            if event.status is Status.OK:
-                self._up(event, out)
-        elif isinstance(event, LayersDropped):
-            self._dropped(event, out)
-        elif isinstance(event, InstanceLost):
-            self._lost(event.instance, out)
+        self._dropped(event, out)
         return out
 
     def gauges(self) -> Iterable[Gauge]:
