@@ -7,18 +7,19 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.config import RunConfig, compose
-from common.errors import KVPlaneError
+from common.errors import ConfigError, KVPlaneError
 from common.provenance import git_state
 from common.record import RunRecord
 from common.results import replacing
 
 Floats = NDArray[np.float64]
+_Job = TypeVar("_Job")
 STATISTICS = ("mean", "p50", "p90", "p99")
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "validation"
 
@@ -40,6 +41,14 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     sys.exit(status)
+
+
+def asked(jobs: Mapping[str, _Job], alone: bool = True) -> _Job:
+    """The job that the command line's first word names. ConfigError, with the names, where it names none, or where
+    more words follow a job that stands `alone`."""
+    if len(sys.argv) < 2 or (alone and len(sys.argv) > 2) or sys.argv[1] not in jobs:
+        raise ConfigError(f"which of {', '.join(jobs)}?")
+    return jobs[sys.argv[1]]
 
 
 def run(overrides: Sequence[str]) -> tuple[RunConfig, RunRecord]:

@@ -7,12 +7,10 @@ or in sessions (LooGLE-shaped, 3P1D; compare Fig. 15).
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from bench.harness import exit_with
+from bench.harness import asked, exit_with
 from bench.memserve import balance, hit_ratio, keep, numbers, simulate
-from common.errors import ConfigError
 from common.plots.style import new_figure
 from systems.memserve.config import POLICIES as RULES
 
@@ -99,10 +97,7 @@ def share() -> None:
 
 def main() -> int:
     """One of the experiments."""
-    jobs = {"parts": parts, "share": share}
-    if len(sys.argv) != 2 or sys.argv[1] not in jobs:
-        raise ConfigError(f"which of {', '.join(jobs)}?")
-    jobs[sys.argv[1]]()
+    asked({"parts": parts, "share": share})()
     return 0
 
 

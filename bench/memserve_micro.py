@@ -6,7 +6,6 @@ from DRAM (simulated). modes: where by_layer stops to pay and by_request_agg beg
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import replace
 from itertools import product
@@ -14,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import exit_with
+from bench.harness import asked, exit_with
 from bench.memserve import keep, numbers, simulate
-from common.errors import ConfigError
 from common.kv.hash_index import HashIndex
 from common.kv.index import PrefixIndex
 from common.plots.style import new_figure
@@ -144,10 +142,7 @@ def modes() -> None:
 
 def main() -> int:
     """One of the experiments."""
-    jobs = {"index": index, "cached": cached, "modes": modes}
-    if len(sys.argv) != 2 or sys.argv[1] not in jobs:
-        raise ConfigError(f"which of {', '.join(jobs)}?")
-    jobs[sys.argv[1]]()
+    asked({"index": index, "cached": cached, "modes": modes})()
     return 0
 
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import exit_with
+from bench.harness import asked, exit_with
 from bench.memserve import balance, hit_ratio, keep, numbers, simulate
-from common.errors import ConfigError
 from common.plots.style import new_figure
 
 LADDER = ("pd_basic", "pd_caching_1", "pd_caching_2", "pd_caching_3")
@@ -113,10 +112,7 @@ def _infinite(workload: Any) -> float:
 
 def main() -> int:
     """One of the experiments."""
-    jobs = {"ladder": (ladder, 400), "mooncake": (mooncake, 12031)}
-    if len(sys.argv) < 2 or sys.argv[1] not in jobs:
-        raise ConfigError(f"which of {', '.join(jobs)}?")
-    job, num = jobs[sys.argv[1]]
+    job, num = asked({"ladder": (ladder, 400), "mooncake": (mooncake, 12031)}, alone=False)
     job(int(sys.argv[2]) if len(sys.argv) > 2 else num)
     return 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,23 +190,38 @@ def _moves(policy: FleetPolicy, record: RunRecord, span: float) -> dict[str, Any
     return out
 
 
-def main() -> None:
-    """Run what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", default="results/mell/gpus.json")
+def options(description: str | None, out: str) -> argparse.ArgumentParser:
+    """The options of benches whose runs a file gathers."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", default=out)
     parser.add_argument("--only", default="", help="a part of the keys")
-    options = parser.parse_args()
-    path = Path(options.out)
+    return parser
+
+
+def run_missing(cases: Iterable[Case], given: argparse.Namespace, line: Callable[[dict[str, Any]], str],
+                without: Callable[[Case], Iterable[str]] = lambda case: ()) -> None:  # fmt: skip
+    """Simulate what the file lacks, and write it after each; `line`: what is printed of a row, `without`: what a row
+    leaves out."""
+    path = Path(given.out)
     rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for case in cases(options.seeds):
-        if case.key in rows or options.only not in case.key:
+    for case in cases:
+        if case.key in rows or given.only not in case.key:
             continue
         row = rows[case.key] = simulate(case)
-        print(f"{case.key}: plan {row['plan_mean']:.1f}/{row['plan_peak']}, paid {row['paid_mean']:.1f}, L2 "
-              f"{row['l2_mean']:.1f}, used {row['utilisation']:.2f}, {row['cpu_s']:.0f} s", flush=True)  # fmt: skip
+        for name in without(case):
+            del row[name]
+        print(f"{case.key}: {line(row)}, used {row['utilisation']:.2f}, {row['cpu_s']:.0f} s", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = options(__doc__, "results/mell/gpus.json")
+    parser.add_argument("--seeds", type=int, default=5)
+    given = parser.parse_args()
+    run_missing(cases(given.seeds), given, lambda row: f"plan {row['plan_mean']:.1f}/{row['plan_peak']}, paid "
+                f"{row['paid_mean']:.1f}, L2 {row['l2_mean']:.1f}")  # fmt: skip
 
 
 if __name__ == "__main__":

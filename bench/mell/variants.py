@@ -6,13 +6,9 @@ Simulated. As `bench.mell.gpus`: what is in the file is not run again; `--only` 
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-from bench.mell.gpus import RATES, Case, simulate
+from bench.mell.gpus import RATES, Case, options, run_missing
 
 SEEDS = range(3)
 FOUR = ("mell", "load_balance", "worst_fit", "best_fit")
@@ -94,22 +90,9 @@ def _switches(seed: int) -> Iterator[Case]:
 
 def main() -> None:
     """Run what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="results/mell/variants.json")
-    parser.add_argument("--only", default="", help="a part of the keys")
-    options = parser.parse_args()
-    path = Path(options.out)
-    rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for case in cases():
-        if case.key in rows or options.only not in case.key:
-            continue
-        row = rows[case.key] = simulate(case)
-        if case.experiment != "timeline":
-            del row["timeline"]
-        print(f"{case.key}: plan {row['plan_mean']:.1f}/{row['plan_peak']}, L2 {row['l2_mean']:.1f}, used "
-              f"{row['utilisation']:.2f}, {row['cpu_s']:.0f} s", flush=True)  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    run_missing(cases(), options(__doc__, "results/mell/variants.json").parse_args(),
+                lambda row: f"plan {row['plan_mean']:.1f}/{row['plan_peak']}, L2 {row['l2_mean']:.1f}",
+                lambda case: () if case.experiment == "timeline" else ("timeline",))  # fmt: skip
 
 
 if __name__ == "__main__":
