@@ -1,4 +1,5 @@
-"""Without overload KunServe is vllm: to the nanosecond on drawn loads, and within 1% on every metric of a run."""
+"""Without overload KunServe is vllm: to the nanosecond on drawn loads, and within 1% on every metric of a run but
+four gauges that are read at events (below)."""
 
 from __future__ import annotations
 
