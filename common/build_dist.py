@@ -25,6 +25,8 @@ def check(config: RunConfig) -> None:
     runtime = config.runtime
     if config.models:
         raise ConfigError(f"cluster.models={list(config.cluster.models)}: runtime=dist has one model; use sim or local")
+    if config.cluster.tp > 1:
+        raise ConfigError(f"cluster.tp={config.cluster.tp}: a worker is one rank; use runtime=local, or 1")
     if runtime.launcher == "ray":
         raise ConfigError("runtime.launcher=ray: the launcher by Ray is not built; use torchrun (docs/distributed.md), "
                           "or runtime.launcher=auto on one machine")  # fmt: skip

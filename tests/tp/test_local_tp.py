@@ -1,0 +1,66 @@
+"""Instances of several ranks in one process: the tokens of TP 1, whatever the systems do with them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from common.errors import ConfigError, ContractError
+from common.types import RequestStatus
+from tests.dist.stories import BASELINES, STORIES, Play, Story, play
+from tests.tp.lib import MODELS, PLAIN, check_undisturbed
+
+MODELLED = "runtime.clock=modelled"
+
+
+def local(story: Story, *more: str) -> Play:
+    made = play(story, "local", MODELLED, "runtime.check=true", *more)
+    assert set(made.record.requests.status) == {RequestStatus.FINISHED}
+    assert check_undisturbed(made.executor) == sum(made.record.requests.output_tokens) > 0
+    return made
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_tokens_are_the_same_at_any_tp(model: str) -> None:
+    story = replace(PLAIN, overrides=(*PLAIN.overrides, *MODELS[model]))
+    one = local(story)
+    for tp in ("2", "4", "[4,1]"):
+        assert local(story, f"cluster.tp={tp}").tokens == one.tokens, tp
+
+
+@pytest.mark.parametrize("name", [*STORIES, "vllm_pp", "infercept"])
+def test_a_system_with_instances_of_two_ranks(name: str) -> None:
+    """Drops, loads, hops, borrowing, transfers, migration and swaps, rank by rank; NaN in free cells."""
+    story = {**STORIES, **BASELINES}[name]
+    made = local(story, "cluster.tp=2")
+    found = made.counts()
+    assert all(found[kind] > 0 for kind in story.happened if kind not in ("hidden", "attention")), found
+    remote = made.report["remote_attention"]
+    assert ("attention" not in story.happened) or remote["iterations"] > 0
+
+
+@pytest.mark.parametrize("name, tp", [("memserve", "[1,2,4,1]"), ("memserve", "[4,1,1,4]"), ("mell", "[1,2,4,2]"),
+                                      ("mell", "[4,2,1,1]"), ("llumnix", "[2,4]"), ("llumnix", "[4,1]"),
+                                      ("pd", "[1,4]"), ("pd", "[4,2]")])  # fmt: skip
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_kv_goes_between_instances_of_different_tp(name: str, tp: str, kv_heads: int) -> None:
+    story = {**STORIES, **BASELINES}[name]
+    sizes = ("model.num_heads=4", f"model.num_kv_heads={kv_heads}", "cluster.gpus_per_node=16")
+    made = local(replace(story, overrides=(*story.overrides, *sizes)), f"cluster.tp={tp}")
+    assert made.counts()["copy"] > 0
+    tps = made.executor.world.tps
+    assert any(tps[src] != tps[dst] for src, dst in zip(made.record.moves.src, made.record.moves.dst))
+
+
+def test_parameters_and_queries_do_not_cross_unlike_instances() -> None:
+    with pytest.raises(ContractError, match=r"instances . and . differ in TP"):
+        local(STORIES["infinite_llm"], "cluster.tp=[1,2,4]")
+
+
+@pytest.mark.parametrize("tp, why", [("[1,2,1]", "one for each of the 2 instances"), ("[1,0]", "cluster.tp"),
+                                     ("[5,1]", "do not divide"), ("3", "do not divide"),
+                                     ("[6,4]", "two nodes")])  # fmt: skip
+def test_what_cannot_be_is_refused(tp: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        local(PLAIN, f"cluster.tp={tp}")
