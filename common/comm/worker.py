@@ -1,4 +1,5 @@
-"""A worker process: one instance's bytes and arithmetic, and a loop over what the policy process says.
+"""A worker process: bytes and arithmetic of one instance, or of one rank of it, and a loop over what the policy process
+says.
 
 `python -m common.comm.worker` with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set, or `run.py` under torchrun. It ends
 when it is told to, or at once when the policy process is gone."""
@@ -16,7 +17,7 @@ import torch
 
 from common.comm import messages as say
 from common.comm.beside import Beside
-from common.comm.copies import Arrival, Copies, cut_tokens, put_tokens
+from common.comm.copies import Arrival, Copies
 from common.comm.join import join_groups, knock, store_of
 from common.comm.loop import Ear, Mouth, carry_out, serve
 from common.comm.peers import PeerLost, Peers
@@ -24,6 +25,8 @@ from common.comm.stage import StageRunner
 from common.engine.folder import FolderSource
 from common.engine.instance import InstanceBytes, put_blocks
 from common.engine.model import Decoder
+from common.engine.relayout import cut_tokens, put_tokens
+from common.engine.shard import ShardedSource, rank_spec
 from common.engine.spec import DecoderSpec
 from common.engine.weights import MemorySource, ParameterSource, RandomSource
 from common.errors import KVPlaneError
@@ -77,6 +80,7 @@ class Worker:
     def _setup(self, order: say.Setup, sequence: int) -> dict[str, str]:
         self._stop_all()
         self.setup, self.index = order, order.info.instance
+        self.spec = rank_spec(order.spec, len(self.peers.team))
         self.device = torch.device(order.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -89,22 +93,24 @@ class Worker:
         return {"attention": backend.reason}
 
     def _runner(self, order: say.Setup) -> tuple[Any, StageRunner]:
-        spec = order.spec
+        spec = self.spec
         backend = choose(self.device, spec.dtype, order.block_size, order.attention)
         decoder = Decoder(spec, self.device, spec.dtype)
-        return backend, StageRunner(self.peers, self.instances, decoder, self.source, backend, order.block_size,
-                                    order.sampling, order.poison)  # fmt: skip
+        return backend, StageRunner(self.peers, order.teams, self.instances, decoder, self.source, backend,
+                                    order.block_size, order.sampling, order.poison)  # fmt: skip
 
     def _source(self, spec: DecoderSpec, weights: str | None, seed: int) -> ParameterSource:
         key = (spec, weights, seed)
         if key not in self._sources:
-            made = MemorySource(RandomSource(spec, seed)) if weights is None else FolderSource(weights, spec.dtype)
-            self._sources = {key: made}
+            whole = RandomSource(spec, seed) if weights is None else FolderSource(weights, spec.dtype)
+            team = self.peers.team
+            own = whole if len(team) == 1 else ShardedSource(whole, len(team), team.index(self.peers.rank))
+            self._sources = {key: own if weights is not None else MemorySource(own)}
         return self._sources[key]
 
     def _start(self, _: say.Start, __: int) -> None:
         order = self.setup
-        self.instances[self.index] = InstanceBytes(order.info, order.spec, order.spec.dtype, self.device,
+        self.instances[self.index] = InstanceBytes(order.info, self.spec, self.spec.dtype, self.device,
                                                    order.block_size, self.source, order.poison)  # fmt: skip
 
     def _stop(self) -> say.Beat:
@@ -137,22 +143,25 @@ class Worker:
 
     def _send_cells(self, order: say.SendCells, sequence: int) -> None:
         source = self.engine.cells(order.tier, int(order.cells.max()))
-        tokens = cut_tokens(source, order.cells, order.tokens, order.first_block)
-        self.copies.send(tokens.to(self.device), order.to, sequence)
+        tokens = cut_tokens(source, order.cells, order.tokens, order.first_block).to(self.device)
+        for to, low, high in order.to:
+            self.copies.send(tokens[..., low:high, :].contiguous(), to, sequence)
 
     def _take_cells(self, order: say.TakeCells, sequence: int) -> None:
-        spec, num = self.setup.spec, order.tokens[1] - order.tokens[0]
-        shape = (len(order.cells), 2, num, spec.num_kv_heads, spec.head_dim)
-        came = torch.empty(shape, dtype=spec.dtype, device=self.device)
+        spec, num = self.spec, order.tokens[1] - order.tokens[0]
+        came = [torch.empty((len(order.cells), 2, num, heads, spec.head_dim), dtype=spec.dtype, device=self.device)
+                for _, heads in order.sources]  # fmt: skip
         engine = self.engine
 
         def put() -> None:
             goal = engine.cells(order.tier, int(order.cells.max()))
-            put_tokens(came, goal, order.cells, order.tokens, order.first_block)
+            whole = came[0] if len(came) == 1 else torch.cat(came, dim=3)
+            put_tokens(whole, goal, order.cells, order.tokens, order.first_block)
 
         def fetch() -> Callable[[], Any]:
             try:
-                self.copies.receive(came, order.source, sequence)
+                for (source, _), part in zip(order.sources, came):
+                    self.copies.receive(part, source, sequence)
             except PeerLost as error:
                 rank = error.rank
                 return lambda: rank
@@ -209,11 +218,19 @@ class Worker:
         return arrival.put()
 
     def _send_hidden(self, order: say.SendHidden, sequence: int) -> None:
-        self.peers.send("hidden", self.runner.hidden.pop(order.lane), order.to, sequence)
+        hidden = self.runner.hidden.pop(order.lane)
+        for to in order.to:
+            self.peers.send("hidden", hidden, to, sequence)
 
 
 def main() -> None:
     """One worker, from rendezvous to exit."""
+    work()
+    os._exit(0)  # without waiting for peers' connections
+
+
+def work() -> None:
+    """A worker's life in this process, which it should not outlive: threads and connections stay."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the policy process's business
     torch.set_num_threads(1)
     start_s = float(os.environ.get("KVPLANE_START_S", "60"))
@@ -222,7 +239,7 @@ def main() -> None:
         connection = knock(store, rank)
         terms = connection.recv()
         ear, mouth = Ear(connection), Mouth(connection)
-        peers = join_groups(store, rank, world_size, terms.backend, terms.start_s, terms.transfer_s)
+        peers = join_groups(store, rank, world_size, terms.backend, terms.start_s, terms.transfer_s, terms.teams)
     except (KVPlaneError, RuntimeError, OSError, EOFError) as error:
         print(f"worker {os.environ.get('RANK')}: {str(error).splitlines()[0]}", file=sys.stderr)
         os._exit(1)
@@ -232,7 +249,6 @@ def main() -> None:
     ear.start(beside)
     mouth.beats(worker.beat, terms.beat_s)
     serve(ear, mouth, worker.handlers, beside)
-    os._exit(0)  # without waiting for peers' connections
 
 
 def start_worker(environment: dict[str, str]) -> None:

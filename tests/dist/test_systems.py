@@ -83,8 +83,8 @@ def test_what_is_cut_and_put_is_what_a_copy_of_blocks_moves(data) -> None:
     import numpy as np
     import torch
 
-    from common.comm.copies import cut_tokens, put_tokens
     from common.engine.instance import put_blocks
+    from common.engine.relayout import cut_tokens, put_tokens
 
     size, layers, blocks = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
     first = data.draw(st.integers(0, 3))

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import run as cli
-from common.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = Path(sys.executable).with_name("torchrun")
@@ -46,12 +45,3 @@ def test_a_sweep_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert cli.main(["-m", "runtime=dist", "seed=0,1"]) == 2
     assert capsys.readouterr().err.startswith("error: runtime=dist under torchrun is one run")
-
-
-def test_ray_is_refused_in_one_line() -> None:
-    from common.config import compose
-
-    with pytest.raises(ConfigError, match=r"^runtime.launcher=ray: .*not built.*torchrun"):
-        from common.build_dist import check
-
-        check(compose(["runtime=dist", "runtime.launcher=ray"]))

@@ -9,7 +9,8 @@ import pytest
 from common.errors import ConfigError, ContractError
 from common.types import RequestStatus
 from tests.dist.stories import BASELINES, STORIES, Play, Story, play
-from tests.tp.lib import MODELS, PLAIN, check_undisturbed
+from tests.engine.worlds import check_replies
+from tests.tp.lib import MODELS, PLAIN
 
 MODELLED = "runtime.clock=modelled"
 
@@ -17,7 +18,7 @@ MODELLED = "runtime.clock=modelled"
 def local(story: Story, *more: str) -> Play:
     made = play(story, "local", MODELLED, "runtime.check=true", *more)
     assert set(made.record.requests.status) == {RequestStatus.FINISHED}
-    assert check_undisturbed(made.executor) == sum(made.record.requests.output_tokens) > 0
+    assert check_replies(made.executor) == sum(made.record.requests.output_tokens) > 0
     return made
 
 
