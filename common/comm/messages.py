@@ -190,7 +190,8 @@ class CancelTake(NamedTuple):
 
 class Beat(NamedTuple):
     """From a worker, unasked: it lives. Since the `Setup` of this number: bytes sent by kind, received by (kind,
-    source); stages run, and the seconds of its CPU and of the clock that they took."""
+    source); stages run, the seconds of its CPU since the first of them (orders, copies and all), and those of the clock
+    that they took."""
 
     setup: int
     sent: dict[str, int]

@@ -40,7 +40,8 @@ class Worker:
         self.peers, self.copies = peers, copies
         self.instances: dict[int, InstanceBytes] = {}
         self.setup_number = 0
-        self._ran = (0, 0.0, 0.0)  # stages, and seconds of this thread's CPU and of the clock that they took
+        self._ran = (0, 0.0)  # stages, and seconds of the clock that they took
+        self._cpu_from = 0.0  # CPU seconds of this process before the first of them
         self._void: set[int] = set()  # copies whose bytes are not wanted any more
         self._sources: dict[Any, ParameterSource] = {}
         self.handlers: dict[type, Callable[[Any, int], Any]] = {
@@ -72,7 +73,8 @@ class Worker:
 
     def beat(self) -> say.Beat:
         """That it lives, and what it has sent and received since its setup."""
-        (sent, received), (stages, cpu_s, wall_s) = self.peers.counts(), self._ran
+        (sent, received), (stages, wall_s) = self.peers.counts(), self._ran
+        cpu_s = time.process_time() - self._cpu_from if stages else 0.0
         return say.Beat(self.setup_number, sent, received, stages, cpu_s, wall_s)
 
     # ------------------------------------------------------------ life
@@ -85,7 +87,7 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.peers.reset()
-        self._ran = (0, 0.0, 0.0)
+        self._ran = (0, 0.0)
         self.setup_number = sequence
         self.source = self._source(order.spec, order.weights, order.seed)
         backend, self.runner = self._runner(order)
@@ -122,12 +124,14 @@ class Worker:
             self.instances.pop(index).close()
 
     def _run_stage(self, order: say.RunStage, sequence: int) -> Any:
-        cpu, wall = time.thread_time(), time.perf_counter()
+        wall = time.perf_counter()
+        if not self._ran[0]:
+            self._cpu_from = time.process_time()
         try:
             return self.runner.stage(order, self.index, sequence)
         finally:
-            num, cpu_s, wall_s = self._ran
-            self._ran = (num + 1, cpu_s + time.thread_time() - cpu, wall_s + time.perf_counter() - wall)
+            num, wall_s = self._ran
+            self._ran = (num + 1, wall_s + time.perf_counter() - wall)
 
     def attend(self, order: say.Attend, sequence: int) -> None:
         """A creditor's part of a stage; in a thread of its own."""

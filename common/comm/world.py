@@ -256,7 +256,7 @@ class RemoteWorld(EngineWorld):
                 self.hub.lose(peer, f"worker {rank} cannot reach it")
 
     def stages(self) -> tuple[int, float, float]:
-        """Stages that workers ran, and the seconds of CPU and of the clock that these took."""
+        """Stages that workers ran, workers' CPU seconds since their first, and those of the clock that they took."""
         beats = [beat for rank, beat in self.hub.beats.items() if beat.setup == self._setups.get(rank)]
         return (sum(beat.stages for beat in beats), sum(beat.cpu_s for beat in beats),
                 sum(beat.wall_s for beat in beats))  # fmt: skip
