@@ -77,7 +77,7 @@ def write_profile(base: Path, name: str, host: tuple[float, float]) -> Path:
     import yaml
 
     values = yaml.safe_load(base.read_text(encoding="utf-8"))
-    values.update(name=name, host_ns=int(host[0]), host_per_seq_ns=int(host[1]),
+    values.update(name=name, host_ns=max(1, int(host[0])), host_per_seq_ns=max(1, int(host[1])),
                   provenance=f"{values.get('provenance', '')}; host times: python -m bench.worker_cost")  # fmt: skip
     return beside(base, values)
 

@@ -6,10 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from common.build import cluster_model
 from common.errors import ConfigError, ContractError
+from common.metrics import summarize
+from common.spanning import gpus_per_instance
 from common.types import RequestStatus
 from tests.dist.stories import BASELINES, STORIES, Play, Story, play
 from tests.engine.worlds import check_replies
+from tests.laws.strategies import NIGHTLY
 from tests.tp.lib import MODELS, PLAIN
 
 MODELLED = "runtime.clock=modelled"
@@ -44,7 +48,7 @@ def test_a_system_with_instances_of_two_ranks(name: str) -> None:
 @pytest.mark.parametrize("name, tp", [("memserve", "[1,2,4,1]"), ("memserve", "[4,1,1,4]"), ("mell", "[1,2,4,2]"),
                                       ("mell", "[4,2,1,1]"), ("llumnix", "[2,4]"), ("llumnix", "[4,1]"),
                                       ("pd", "[1,4]"), ("pd", "[4,2]")])  # fmt: skip
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("kv_heads", [1, 4] if NIGHTLY else [4])
 def test_kv_goes_between_instances_of_different_tp(name: str, tp: str, kv_heads: int) -> None:
     story = {**STORIES, **BASELINES}[name]
     sizes = ("model.num_heads=4", f"model.num_kv_heads={kv_heads}", "cluster.gpus_per_node=16")
@@ -65,3 +69,17 @@ def test_parameters_and_queries_do_not_cross_unlike_instances() -> None:
 def test_what_cannot_be_is_refused(tp: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         local(PLAIN, f"cluster.tp={tp}")
+
+
+def test_gpus_of_unlike_instances_are_counted_each() -> None:
+    more = ("cluster.num_instances=3", "cluster.tp=[1,4,2]", "cluster.gpus_per_node=8")
+    config = replace(PLAIN, instances=3).config(*more)
+    summary = summarize(play(PLAIN, "sim", *more).record, config.slo, gpus_per_instance(config))
+    assert summary["peak_num_gpus"] == config.cluster.num_gpus == 7
+    alike = PLAIN.config("cluster.tp=2")
+    assert summarize(play(PLAIN, "sim", "cluster.tp=2").record, alike.slo, gpus_per_instance(alike))[
+        "peak_num_gpus"] == alike.cluster.num_gpus == 4  # fmt: skip
+    info = cluster_model(config)
+    one, two = (info.link(0, index).bandwidth for index in (1, 2))
+    assert one == two and info.link(1, 2).bandwidth == 2 * one, "an instance has as many links as GPUs"
+    assert len({info.cost_at(index)(4, True, True).iteration_ns([(64, 0)], 0, 0, 1) for index in range(3)}) == 3
