@@ -53,6 +53,7 @@ def cluster_model(config: RunConfig) -> ClusterModel:
             node=index // (config.cluster.gpus_per_node // tp),
             running=index < config.cluster.num_running,
             host_cells=host_bytes // cell_bytes,
+            tp=tp,
         )
         for index in range(config.cluster.num_instances)
     )

@@ -137,7 +137,6 @@ def _world(config: RunConfig, spec: DecoderSpec, cluster: ClusterModel, choice: 
         attention=attention, sampling=SamplingParams(temperature=config.runtime.temperature, seed=config.seed),
         seed=config.seed, poison=config.runtime.check, graphs=config.runtime.graphs,
         max_len=config.engine.max_model_len,
-        tps=config.cluster.tps or (config.cluster.tp,) * len(cluster.instances),
     )  # fmt: skip
 
 

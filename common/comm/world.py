@@ -205,7 +205,8 @@ class RemoteWorld(EngineWorld):
         self.runner: Any = RemoteRunner(self)
         self.device = torch.device(devices[0] if devices else "cpu")
         hub.beats.clear()
-        self.tps = tuple(len(team) for team in hub.teams)
+        self.tps = tuple(info.tp for info in infos)
+        assert all(len(team) == tp for team, tp in zip(hub.teams, self.tps)), f"{self.tps} ranks on {hub.teams}"
         asked = []
         for index, info in enumerate(infos):
             rank_spec(spec, self.tps[index])

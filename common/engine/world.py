@@ -15,7 +15,7 @@ from common.engine.model import Decoder
 from common.engine.runner import Item, Runner, StageTimes
 from common.engine.sampler import SamplingParams
 from common.engine.shard import rank_spec
-from common.engine.sharded import ShardedInstance, ShardSources, TurnRunner, exchange
+from common.engine.sharded import ShardedInstance, ShardSources, TurnRunner, exchange, unlike
 from common.engine.spec import DecoderSpec
 from common.engine.weights import ParameterSource
 from common.kernels.select import choose
@@ -39,9 +39,7 @@ class EngineWorld:
         poison: bool = False,
         graphs: str = "off",
         max_len: int | None = None,
-        tps: Sequence[int] = (),
     ) -> None:
-        """`tps`: the TP of each instance; (): 1."""
         self.infos = infos
         self.spec = spec
         self.source = source
@@ -49,7 +47,7 @@ class EngineWorld:
         self.device = torch.device(device)
         self.seed = seed
         self.poison = poison
-        self.tps = tuple(tps) or (1,) * len(infos)
+        self.tps = tuple(info.tp for info in infos)
         self._shards = ShardSources(source)
         self.instances: dict[int, Any] = {}  # EngineInstance or ShardedInstance
         self._gone: list[RemapLog] = []  # of instances that were stopped or lost
@@ -98,7 +96,9 @@ class EngineWorld:
         return True
 
     def load(self, index: int, layers: list[int], source: int | None) -> None:
-        """Bring layers back to an instance, from a peer or from the parameter source."""
+        """Bring layers back to an instance, from a peer of its TP or from the parameter source."""
+        if source is not None and self.tps[source] != self.tps[index]:
+            raise unlike(source, index)
         self.instances[index].load(layers, None if source is None else self.instances[source])
 
     def describe(self) -> dict[str, str]:

@@ -50,7 +50,7 @@ def fitting_cluster(spec: DecoderSpec, instances: int, cells: int, block_size: i
     """A cluster of `tests.fakes` whose cells and layers have the sizes that they have in a spec, on `tp` ranks each."""
     rank = rank_spec(spec, tp)
     cell, layer = tp * cell_bytes(rank, block_size, spec.dtype), tp * LayerLayout(rank).num_bytes
-    infos = tuple(InstanceInfo(index, spec.num_layers, cells, cell, layer, index // 2, True, host_cells)
+    infos = tuple(InstanceInfo(index, spec.num_layers, cells, cell, layer, index // 2, True, host_cells, tp=tp)
                   for index in range(instances))  # fmt: skip
     return replace(cluster(instances, 1, spec.num_layers, block_size, **changes), instances=infos)
 

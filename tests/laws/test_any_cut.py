@@ -92,7 +92,7 @@ def live_through(case, tp=1) -> Counter:
     spec = tiny_spec(case.layers, *case.heads)
     model = cluster_of(case, spec, tp)
     workload = FakeWorkload([0] * len(case.lengths), *map(list, zip(*case.lengths)))
-    world = tiny_world(model, spec, tps=(tp,) * case.instances)
+    world = tiny_world(model, spec)
     witness = Witness(world)
     seen = witness.seen
 

@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 
 from common.build import cluster_model
+from common.engine.runner import Item
+from common.engine.work import Batch, Work
+from common.engine.world import EngineWorld
 from common.errors import ConfigError, ContractError
 from common.metrics import summarize
 from common.spanning import gpus_per_instance
-from common.types import RequestStatus
+from common.types import RequestStatus, Span, Tier
 from tests.dist.stories import BASELINES, STORIES, Play, Story, play
-from tests.engine.worlds import check_replies
+from tests.engine.worlds import check_replies, fitting_cluster, source_of, tiny_spec
 from tests.laws.strategies import NIGHTLY
 from tests.tp.lib import MODELS, PLAIN
 
@@ -58,9 +61,32 @@ def test_kv_goes_between_instances_of_different_tp(name: str, tp: str, kv_heads:
     assert any(tps[src] != tps[dst] for src, dst in zip(made.record.moves.src, made.record.moves.dst))
 
 
-def test_parameters_and_queries_do_not_cross_unlike_instances() -> None:
-    with pytest.raises(ContractError, match=r"instances . and . differ in TP"):
-        local(STORIES["infinite_llm"], "cluster.tp=[1,2,4]")
+@pytest.mark.parametrize("name", ["kunserve", "infinite_llm"])
+def test_parameters_and_queries_do_not_cross_unlike_instances(name: str) -> None:
+    story = STORIES[name]
+    tps = "[1,2]" if story.instances == 2 else "[1,2,4]"
+    with pytest.raises(ConfigError, match=rf"^system={name} needs instances of one TP, not cluster.tp=\[1, 2"):
+        local(story, f"cluster.tp={tps}")
+
+
+def test_whoever_orders_it_all_the_same_is_told() -> None:
+    spec = tiny_spec(2)
+    infos = tuple(fitting_cluster(spec, 2, 8, 16, tp=tp).instances[index] for index, tp in enumerate((1, 2)))
+    world = EngineWorld(infos, spec, source_of(spec), 16)
+    try:
+        for index in (0, 1):
+            world.start(index)
+            world.instances[index].drop((1, 2))
+        for source, index in ((0, 1), (1, 0)):
+            with pytest.raises(ContractError, match=rf"instances {source} and {index} differ in TP"):
+                world.load(index, [1], source)
+        work = Work(0, 16, 1, True, (Span(0, (0, 1), 0, 16), Span(1, (0, 1), 16, None)))
+        for index in (0, 1):
+            world.instances[index].stores[Tier.HBM].append(0, 0, 1, index)
+        with pytest.raises(ContractError, match="instances 0 and 1 differ in TP"):
+            world.run_stage(Item(Batch.of([work]), [3]), 0, (0, 1))
+    finally:
+        world.close()
 
 
 @pytest.mark.parametrize("tp, why", [("[1,2,1]", "one for each of the 2 instances"), ("[1,0]", "cluster.tp"),
