@@ -32,7 +32,7 @@ CASES = {  # story, TP of each instance, model
     "vllm_pp": ((2, 1), ()),
     "plain": ((4, 2), MODELS["qwen3, 4"]),
 }
-IN_CI = ("kunserve", "infinite_llm", "pd", "vllm_pp")
+IN_CI = ("kunserve", "pd", "vllm_pp")  # remote attention rank by rank: tests/dist/test_random.py
 
 
 def config_of(name: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
