@@ -171,7 +171,7 @@ def test_the_draws_reach_what_the_law_is_about():
     assert not rare, f"too few cases show {rare} (all: {dict(met)})"
 
 
-TP_MET: Counter[str] = Counter()
+RANKS_MET: Counter[str] = Counter()
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -182,12 +182,20 @@ def test_any_cut_is_exact_rank_by_rank(tp):
     @given(cases())
     def one(case):
         heads = case.heads if case.heads[0] % tp == 0 else (4, case.heads[1], 16)
-        TP_MET.update(name for name, count in live_through(replace(case, heads=heads), tp).items() if count)
+        RANKS_MET.update(name for name, count in live_through(replace(case, heads=heads), tp).items() if count)
 
     one()
-    rare = {name: TP_MET[name] for name in ("remote decode", "pipeline", "drop", "peer", "compacted", "swap in", "copy")
-            if not TP_MET[name]}  # fmt: skip
+    rare = {name: RANKS_MET[name] for name in ("remote decode", "pipeline", "drop", "peer", "compacted", "swap in", "copy")
+            if not RANKS_MET[name]}  # fmt: skip
     assert not rare, f"no case shows {rare}"
+
+
+def test_what_fits_is_asked_of_the_same_instant_in_both_runtimes():
+    """Memory to the last cell, and a wanderer that looks at it in the middle of a leap, which `local` goes step by
+    step."""
+    ops = (("go", 1, 5), ("preempt", 0, 20), ("breathe", 0, 20), ("go", 1, 5), ("breathe", 1, 5), ("shift", 2, 5),
+           ("home", 2, 60), ("go", 0, 5), ("breathe", 1, 5), ("go", 1, 200), ("breathe", 2, 60))  # fmt: skip
+    live_through(Case(1, 2, 8, (4, 1, 16), 1.0, ((1, 16), (64, 24)), ops, 4056, True))
 
 
 SHORT = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 70)), min_size=4, max_size=4)
