@@ -106,7 +106,7 @@ def test_kill_is_detected_and_requests_go_on_elsewhere():
     for victim in range(4):
         policy, executor = run(replace(base, losses=((8, victim),)))
         assert all(status == RequestStatus.FINISHED for status in executor.record.requests.status)
-        assert policy.cm.declared == 1
+        assert policy.members.cm.declared == 1
 
 
 def test_options_are_checked():

@@ -84,7 +84,7 @@ def census(scenario: Scenario, policy: MemServePolicy) -> Counter[str]:
     seen["hits"] = sum(flow.hit for flow in flows)
     seen["false hits"] = sum(max(0, flow.expected - flow.hit) for flow in flows)
     seen["preemptions"] = sum(site.lane.num_preemptions for site in policy.sites.values())
-    seen["deaths"] = policy.cm.declared
+    seen["deaths"] = policy.members.cm.declared
     return seen
 
 
