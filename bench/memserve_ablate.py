@@ -11,7 +11,6 @@ from typing import Any
 
 from bench.harness import asked, exit_with
 from bench.memserve import balance, hit_ratio, keep, numbers, simulate
-from common.plots.style import new_figure
 from systems.memserve.config import POLICIES as RULES
 
 BASE = ("experiment=memserve/ablation",)
@@ -49,50 +48,40 @@ def measured(overrides: list[str]) -> dict[str, Any]:
     return {"hit_ratio": hit_ratio(policy), "false_hit_ratio": sum(max(0, f.expected - f.hit) for f in flows) / prompt,
             "fetched_ratio": sum(flow.fetched for flow in flows) / prompt, **sums,
             "ttft_s_mean": found["ttft_s_mean"], "ttft_s_p50": found["ttft_s_p50"], "ttft_s_p99": found["ttft_s_p99"],
-            "jct_s_mean": found["jct_s_mean"], "max_over_mean_load": balance(policy),
+            "jct_s_mean": found["jct_s_mean"], **balance(policy),
             "unfinished": int(sum(status != 2 for status in record.requests.status))}  # fmt: skip
 
 
 def parts() -> None:
     """One change at a time."""
     rows = [{"variant": name, **measured([*BASE, *more])} for name, more in PARTS.items()]
-    figure, axes = new_figure(1, 2, 10.0, 4.0)
-    for axis, key in zip(axes[0], ("hit_ratio", "ttft_s_mean")):
-        axis.barh([row["variant"] for row in rows], [row[key] for row in rows])
-        axis.set_title(f"{key} (simulated)")
-        axis.invert_yaxis()
-    axes[0][1].set_yticklabels([])
     notes = ["Simulated, one seed, 400 requests at 2 sessions/s, 2P2D of Llama-2-13B (H800, TP2), pd_caching_3, "
              "prompt_tree_cost; base: 1,200 blocks of HBM an instance so that there is pressure. Evicted, expired, "
              "swapped: blocks, all instances. A false hit is what the scheduler's tree promised and P had not. Base: "
              "LRU by leaf, swap below 10% free, no local TTL, trees forget after 120 s. Eviction picks leaves, and so "
              "does swapping out, in the same order."]  # fmt: skip
-    keep("ablation", "Capacity, eviction, TTL, swap and staleness", notes, {"one at a time": rows}, figure)
+    keep("ablation", "Capacity, eviction, TTL, swap and staleness", notes, {"one at a time": rows})
 
 
 def share() -> None:
     """The more questions a document has, or the more sessions talk about it, the more there is to route by."""
     tables: dict[str, list[dict[str, Any]]] = {}
-    figure, axes = new_figure(2, 2, 9.0, 7.0)
     cases = (("single questions", "share", "workload.num_documents", 240),
              ("sessions", "share_sessions", "workload.system_prompts", 80))  # fmt: skip
-    for place, (case, name, knob, many) in enumerate(cases):
+    for case, name, knob, many in cases:
         rows: list[dict[str, Any]] = []
         for rule in RULES:
             for degree in DEGREES:
                 load = [f"experiment=memserve/{name}", f"system.policy={rule}", f"{knob}={many // degree}"]
                 rows.append({"policy": rule, "share_degree": degree, **measured(load)})
-            for axis, key in zip(axes[place], ("hit_ratio", "ttft_s_p99")):
-                axis.plot(DEGREES, [row[key] for row in rows[-len(DEGREES) :]], marker="o", ms=3, label=rule)
-                axis.set_title(f"{case}: {key} (simulated)", fontsize=9)
-                axis.set_xlabel("share degree")
         tables[case] = rows
-    axes[0][0].legend(fontsize=6)
     notes = ["Simulated, one seed, 3P1D of Llama-2-13B (H800, TP2), pd_caching_3. Single questions: 240 requests at "
              "12/s, every document is asked about so many times; without sessions `session` is least_load. Sessions: "
              "250 requests in some 80 sessions of up to 5 questions, so many of them about a document in the mean "
-             "(near the paper's Fig. 15, whose sessions are verbatim copies)."]  # fmt: skip
-    keep("share", "Routing policies over the share degree", notes, tables, figure)
+             "(near the paper's Fig. 15, whose sessions are verbatim copies).",
+             "max_over_mean: the busiest prefill instance, by requests, by prompt tokens, and by tokens computed "
+             "there."]  # fmt: skip
+    keep("share", "Routing policies over the share degree", notes, tables)
 
 
 def main() -> int:

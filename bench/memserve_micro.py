@@ -17,7 +17,6 @@ from bench.harness import asked, exit_with
 from bench.memserve import keep, numbers, simulate
 from common.kv.hash_index import HashIndex
 from common.kv.index import PrefixIndex
-from common.plots.style import new_figure
 from common.types import Content
 from systems.memserve.tree import PoolTree
 
@@ -28,25 +27,17 @@ INDICES: dict[str, Any] = {"hash": HashIndex, "radix": PrefixIndex, "pool_tree":
 def index() -> None:
     """Insert, then match, over length; a line through the logarithms says how time grows."""
     rows: list[dict[str, Any]] = []
-    figure, axes = new_figure(1, 2, 9.0, 3.6)
-    for axis, piece in zip(axes[0], (512, 16)):
-        mine = []
+    for piece in (512, 16):
         for tokens in LENGTHS:
             content: Content = tuple((f"h{place}", 0, piece) for place in range(tokens // piece))
-            mine.append({"piece": piece, "tokens": tokens, **_index_ms(content, tokens)})
-        for name in INDICES:
-            axis.loglog(LENGTHS, [row[f"{name}_match_ms"] for row in mine], marker="o", label=name)
-        axis.set_xlabel("tokens")
-        axis.set_title(f"index: match (ms), names of {piece} tokens; measured on a CPU", fontsize=8)
-        rows += mine
-    axes[0][0].legend()
+            rows.append({"piece": piece, "tokens": tokens, **_index_ms(content, tokens)})
     fits = [_fit([row for row in rows if row["piece"] == piece], piece, f"{name}_{call}_ms")
             for piece in (512, 16) for name in INDICES for call in ("insert", "match")]  # fmt: skip
     notes = ["Measured on a shared CPU: CPU time of this process, best of seven. Blocks of 16 tokens; names are pieces "
              "of 512 tokens (as in the Mooncake trace) or of 16: the hash index touches every block, the trees every "
              "piece.",
              "Exponent: slope of log time over log tokens from 4,096 tokens on; 1 is O(length)."]  # fmt: skip
-    keep("index", "Index time, hash against radix", notes, {"by length": rows, "fit": fits}, figure)
+    keep("index", "Index time, hash against radix", notes, {"by length": rows, "fit": fits})
 
 
 def _index_ms(content: Content, tokens: int) -> dict[str, float]:
@@ -79,7 +70,6 @@ def _fit(rows: list[dict[str, Any]], piece: int, key: str) -> dict[str, Any]:
 def cached() -> None:
     """The second of two requests shares a part of its prompt with the first."""
     rows: list[dict[str, Any]] = []
-    figure, axes = new_figure(1, 1, 5.6, 3.8)
     ratios = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
     for prompt in (512, 1024, 2048, 4096):
         for place, more in (("hbm", ["system.swap=false"]), ("dram", ["system.swap_low=1.0", "system.swap_high=1.0"])):
@@ -101,21 +91,15 @@ def cached() -> None:
                 rows.append({"prompt": prompt, "cached_in": place, "ratio": ratio, "ttft_ms": line[-1],
                              "percent_of_uncached": 100 * line[-1] / line[0], "hit": policy.flows[1].hit,
                              "swapped_in": policy.flows[1].swapped})  # fmt: skip
-            axes[0][0].plot(ratios, [100 * value / line[0] for value in line], marker="o", ms=3,
-                            ls="-" if place == "hbm" else "--", label=f"{prompt} {place}")  # fmt: skip
-    axes[0][0].set_xlabel("cached ratio")
-    axes[0][0].set_title("TTFT, % of uncached (simulated)")
-    axes[0][0].legend(fontsize=7)
     notes = ["Simulated: one instance of Llama-2-13B (H800, TP2). DRAM: the first request's blocks are swapped out at "
              "its end; they are swapped in if that is estimated to be faster than recomputing."]  # fmt: skip
-    keep("cached", "TTFT over the cached ratio", notes, {"points": rows}, figure)
+    keep("cached", "TTFT over the cached ratio", notes, {"points": rows})
 
 
 def modes() -> None:
     """1024 in, 32 out, 1P1D: JCT of the three transfer modes over the rate."""
     rows: list[dict[str, Any]] = []
     rates = (2, 5, 10, 15, 20, 40)
-    figure, axes = new_figure(1, 2, 9.0, 3.6)
     for mode, ordered in product(("by_layer", "by_request", "by_request_agg"), (True, False)):
         for rate in rates:
             load = ["experiment=memserve/modes", f"workload.rate={rate}", f"system.transfer={mode}",
@@ -126,18 +110,10 @@ def modes() -> None:
             wire = np.array(moves.end_ns) - np.array(moves.start_ns)
             rows.append({"mode": mode, "ordered": ordered, "rate": rate, "jct_s_p50": found["jct_s_p50"],
                          "jct_s_p99": found["jct_s_p99"], "copy_ms_mean": float(wire.mean()) / 1e6})  # fmt: skip
-        for axis, key in zip(axes[0], ("jct_s_p50", "jct_s_p99")):
-            axis.loglog(rates, [row[key] for row in rows[-len(rates) :]], marker="o", ms=3,
-                          ls="-" if ordered else ":", label=mode if ordered else f"{mode}, not ordered")  # fmt: skip
-            axis.set_title(f"{key} (simulated)")
-            axis.set_xlabel("requests/s")
-            axis.set_xticks(rates, [str(rate) for rate in rates])
-            axis.minorticks_off()
-    axes[0][0].legend(fontsize=7)
     notes = ["Simulated: 1P1D of Llama-2-13B (H800, TP2), 150 requests a point, one communicator. A call costs 10 us, "
              "one after another: 2L calls a block by layer and by request, one when aggregated. `ordered`: a prefill "
              "instance sends one prompt after another; without, two prompts' calls do not wait."]  # fmt: skip
-    keep("modes", "Transfer modes over the rate", notes, {"points": rows}, figure)
+    keep("modes", "Transfer modes over the rate", notes, {"points": rows})
 
 
 def main() -> int:
