@@ -228,7 +228,8 @@ def scenarios(draw, losses=False, designs=tuple(DESIGNS), max_turns=12, pressure
         swap_low=draw(st.sampled_from((0.1, 0.5))), swap_high=draw(st.sampled_from((0.6, 0.9))),
         local_ttl_s=draw(st.sampled_from((None, None, 0.002))), eviction=draw(st.sampled_from(EVICTIONS)),
         tree_ttl_s=draw(st.sampled_from((0.001, 10.0, 10.0) if pressure else (0.001, 10.0))),
-        heartbeat_s=0.0005, timeout_s=0.0015, restart=losses, planner=PLANNER, ordered=len(turns) % 2 == 0,
+        heartbeat_s=0.0005, timeout_s=0.0015, planner=PLANNER, ordered=len(turns) % 2 == 0,
+        restart=losses and draw(st.sampled_from((True, True, False))),
     )  # fmt: skip
     longest = _longest(turns, document)
     blocks = longest + draw(st.sampled_from((1, 2, 3) if pressure else (1, 2, 4, 10, 60)))

@@ -70,7 +70,8 @@ def judged(scenario: Scenario) -> Counter[str]:
                 store.check()
             assert live.stores[Tier.HBM].used == executor.state.memory[instance].used
             assert live.stores[Tier.DRAM].used == executor.state.memory[instance].host_used
-        return census(scenario, policy) + Counter(draws=1, tokens=check_tokens(executor))
+        makeshift = sum(kind == "makeshift" for _, _, kind, _ in record.marks)
+        return census(scenario, policy) + Counter(draws=1, tokens=check_tokens(executor), makeshift=makeshift)
     finally:
         engine.close()
 
@@ -101,7 +102,7 @@ def test_tokens_are_those_of_an_uncached_instance(design):
     print(design, dict(sorted(seen.items())))  # with `pytest -s`
     wanted = ["tokens", "evicted", "hits", "swapped_out", "swapped_in"] if caches(design) else ["tokens"]
     wanted += ["deaths"]
-    wanted += [f"sent {mode}" for mode in MODES] if DESIGNS[design].split else []
+    wanted += ["makeshift", *(f"sent {mode}" for mode in MODES)] if DESIGNS[design].split else []
     wanted += ["sent back"] if DESIGNS[design].back else []
     missing = [key for key in wanted if not seen[key]]
     assert not missing, f"no draw of {design} had: {', '.join(missing)}"
