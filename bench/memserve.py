@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 
 from bench.harness import latencies, write_report
-from common.build import cluster_model
 from common.config import RunConfig, compose
 from common.driver import drive
-from common.executors.sim import SimExecutor
 from common.record import RequestColumns, RunRecord
 from systems.memserve.policy import MemServePolicy
 from systems.registry import make_policy
@@ -23,14 +21,14 @@ RESULTS = Path(__file__).resolve().parent.parent / "results" / "memserve"
 
 def simulate(overrides: Sequence[str], change: Callable[[Any], Any] | None = None) -> tuple[RunConfig, RunRecord, Any]:
     """Run one configuration in this process; (config, record, policy). `change` may replace the workload."""
-    from run import served
+    from run import make_executor, served
 
     config = compose(overrides)
     workload = served(build(config.workload, config.seed), config.engine.max_model_len)
     if change is not None:
         workload = change(workload)
     record = RunRecord(RequestColumns.empty(workload.num_requests))
-    executor = SimExecutor(cluster_model(config), workload, record)
+    executor = make_executor(config, workload, record)
     policy = make_policy(config.system, executor.cluster.info(), config.engine, config.system_options)
     drive(policy, executor, record)
     return config, record, policy
@@ -57,7 +55,8 @@ def hit_ratio(policy: Any) -> float:
 def balance(policy: Any) -> dict[str, float]:
     """The busiest prefill instance over the mean: by requests sent there, by their prompt tokens, and by the tokens
     that it had to compute (each request counts where it was prefilled last)."""
-    places = {instance: place for place, instance in enumerate(policy.gs.able("prefill", "both"))}
+    prefill = [instance for instance, role in enumerate(policy.gs.roles) if role != "decode"]
+    places = {instance: place for place, instance in enumerate(prefill)}
     found = np.zeros((len(places), 2))
     for flow in policy.flows.values():
         if flow.prefill_at in places:

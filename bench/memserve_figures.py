@@ -212,7 +212,7 @@ def bars(axes: Any, labels: list[str], rows: Rows, keys: dict[str, str]) -> None
         for place, value in enumerate(values):
             axis.text(value, place, f" {value:.3g}", va="center", fontsize=7.5)
         axis.set_title(label)
-        axis.set_xlim(0, max(values) * 1.16)
+        axis.set_xlim(0, max(*values, 1e-9) * 1.16)
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
     for axis in axes[1:]:
@@ -225,6 +225,17 @@ def ablation() -> Any:
     figure, axes = new_figure(1, 3, 12.5, 5.4)
     keys = {"hit_ratio": "token hit ratio (simulated)", "false_hit_ratio": "false hits, of prompt tokens",
             "ttft_s_mean": "mean TTFT (s)"}  # fmt: skip
+    bars(axes[0], [row["variant"] for row in rows], rows, keys)
+    figure.tight_layout()
+    return figure
+
+
+def failures() -> Any:
+    """What became of the requests, and how long they took."""
+    rows = table("failures", "failures")
+    figure, axes = new_figure(1, 4, 15.0, 4.4)
+    keys = {"finished": "requests finished, of 400 (simulated)", "ttft_s_p99": "P99 TTFT (s)",
+            "jct_s_mean": "mean JCT (s)", "load_left": "requests left in the load tables"}  # fmt: skip
     bars(axes[0], [row["variant"] for row in rows], rows, keys)
     figure.tight_layout()
     return figure
@@ -246,7 +257,7 @@ def mooncake() -> Any:
 
 DRAWN: dict[str, Callable[[], Any]] = {
     "fig8": fig8, "ladder": ladder, "index": index, "cached": cached, "modes": modes, "share": share,
-    "ablation": ablation, "mooncake": mooncake,
+    "ablation": ablation, "failures": failures, "mooncake": mooncake,
 }  # fmt: skip
 
 
