@@ -148,22 +148,24 @@ def cached() -> Any:
 
 
 def modes() -> Any:
-    """Colour: mode; a panel for ordered transfers and one for transfers side by side."""
+    """Colour: mode; a column for each number of communicators, and one for transfers side by side."""
     rows = table("modes", "points")
-    figure, axes = new_figure(2, 2, 9.5, 7.0)
+    figure, axes = new_figure(2, 4, 15.0, 7.0)
     keys = {"jct_s_p50": "P50 JCT (s)", "jct_s_p99": "P99 JCT (s)"}
-    names = {True: "in order (system.ordered)", False: "side by side"}
+    ways = list(dict.fromkeys((row["communicators"], row["ordered"]) for row in rows))
     for row_of, (key, label) in zip(axes, keys.items()):
-        for axis, (ordered, name) in zip(row_of, names.items()):
+        for axis, (communicators, ordered) in zip(row_of, ways):
+            here = [row for row in rows if (row["communicators"], row["ordered"]) == (communicators, ordered)]
             for place, mode in enumerate(("by_layer", "by_request", "by_request_agg")):
-                mine = [row for row in rows if (row["mode"], row["ordered"]) == (mode, ordered)]
+                mine = [row for row in here if row["mode"] == mode]
                 axis.loglog([row["rate"] for row in mine], [row[key] for row in mine], color=PALETTE[place],
                             marker=MARKERS[place], ms=8 - 2 * place, lw=2.4 - 0.5 * place, label=mode)  # fmt: skip
             rates = sorted({row["rate"] for row in rows})
             axis.set_xticks(rates, [str(rate) for rate in rates])
             axis.set_xticks([], minor=True)
             axis.set_ylabel(label)
-            axis.set_title(f"transfers {name} (simulated)")
+            axis.set_title(f"{communicators} communicator{'s' * (communicators > 1)}, "
+                           f"{'in order' if ordered else 'side by side'} (simulated)")  # fmt: skip
         low, high = (bound([axis.get_ylim()[end] for axis in row_of]) for end, bound in ((0, min), (1, max)))
         for axis in row_of:
             axis.set_ylim(low, high)
@@ -172,6 +174,28 @@ def modes() -> Any:
         axis.set_xlabel("requests/s")
     figure.tight_layout(rect=(0, 0, 1, 0.95))
     legend(figure, axes[0][0], 3)
+    return figure
+
+
+def calls() -> Any:
+    """Ours solid, the paper's dotted with an open marker."""
+    rows = table("calls", "points")
+    figure, axes = new_figure(1, 1, 6.4, 4.2)
+    axis = axes[0][0]
+    for place, mode in enumerate(("by_layer", "by_request", "by_request_agg")):
+        mine = [row for row in rows if row["mode"] == mode]
+        counts = [row["communicators"] for row in mine]
+        look = {"color": PALETTE[place], "marker": MARKERS[place], "ms": 6}
+        axis.loglog(counts, [row["transfer_ms"] for row in mine], label=f"{mode} (simulated)", **look)
+        if mine[0]["paper_ms"] == mine[0]["paper_ms"]:
+            axis.loglog(counts, [row["paper_ms"] for row in mine], ls=":", mfc="white", label=f"{mode} (paper)", **look)
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.set_xticks([], minor=True)
+    plain(axis)
+    axis.set_xlabel("communicators")
+    axis.set_ylabel("transfer of 2,048 tokens (ms)")
+    figure.tight_layout(rect=(0, 0, 1, 0.87))
+    legend(figure, axis, 3)
     return figure
 
 
@@ -256,7 +280,7 @@ def mooncake() -> Any:
 
 
 DRAWN: dict[str, Callable[[], Any]] = {
-    "fig8": fig8, "ladder": ladder, "index": index, "cached": cached, "modes": modes, "share": share,
+    "fig8": fig8, "ladder": ladder, "index": index, "cached": cached, "modes": modes, "calls": calls, "share": share,
     "ablation": ablation, "failures": failures, "mooncake": mooncake,
 }  # fmt: skip
 
