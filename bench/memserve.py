@@ -66,6 +66,20 @@ def balance(policy: Any) -> dict[str, float]:
     return {f"max_over_mean_{name}": float(load.max() / max(1e-9, load.mean())) for name, load in loads.items()}
 
 
+def hot_minutes(policy: Any, record: RunRecord) -> float:
+    """Of the minutes of arrival the 95th percentile of: tokens to be computed at the busiest prefill instance over the
+    mean. (Whole runs average hot spots away.)"""
+    prefill = [instance for instance, role in enumerate(policy.gs.roles) if role != "decode"]
+    arrivals = record.requests.arrival_ns
+    found = np.zeros((max(arrivals) // 60_000_000_000 + 1, len(policy.gs.roles)))
+    for request_id, flow in policy.flows.items():
+        if flow.prefill_at >= 0:
+            found[arrivals[request_id] // 60_000_000_000, flow.prefill_at] += flow.prompt - flow.hit
+    load = found[:, prefill]
+    busy = load[load.sum(1) > 0]
+    return float(np.percentile(busy.max(1) / busy.mean(1), 95))
+
+
 def keep(name: str, title: str, notes: list[str], tables: dict[str, list[dict[str, Any]]]) -> None:
     """Table and figure of an experiment, committed both."""
     from bench.memserve_figures import draw

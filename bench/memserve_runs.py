@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.harness import asked, exit_with
-from bench.memserve import balance, hit_ratio, keep, numbers, simulate
+from bench.memserve import balance, hit_ratio, hot_minutes, keep, numbers, simulate
 from common.kv.index import PrefixIndex
 
 BLOCK = 512  # tokens of a name in the Mooncake traces
@@ -72,6 +72,7 @@ def mooncake(num: int) -> None:
                      "false_hit_ratio": sum(max(0, flow.expected - flow.hit) for flow in flows) / prompt,
                      "fetched_ratio": sum(flow.fetched for flow in flows) / prompt,
                      **{key: times[key] for key in ("ttft_s_mean", "ttft_s_p50", "ttft_s_p99")}, **balance(policy),
+                     "max_over_mean_minute_p95": hot_minutes(policy, record),
                      "unfinished": int(sum(status != 2 for status in record.requests.status))})  # fmt: skip
         print(rows[-1], flush=True)
     distinct = len({tuple(list(row.values())[1:]) for row in rows})
@@ -82,9 +83,10 @@ def mooncake(num: int) -> None:
              "those of an earlier one beyond the one block that all prompts share belongs to its session (in this it "
              "is told more than a router could know).",
              "max_over_mean: the busiest prefill instance, by requests, by prompt tokens, and by tokens computed "
-             "there. +guard: `system.guard_s=2`. False hits: promised by the scheduler's trees and not there. Fetched: "
-             "brought from another instance (Eq. 2, or Mooncake's rule). The planner's coefficients are those of the "
-             "experiment's file, not fitted to this model."]  # fmt: skip
+             "there; minute_p95: the last by minutes of arrival, their 95th percentile. +guard: `system.guard_s=2`. "
+             "False hits: promised by the scheduler's trees and not there. Fetched: brought from another instance (Eq. "
+             "2, or Mooncake's rule). The planner's coefficients are those of the experiment's file, not fitted to "
+             "this model."]  # fmt: skip
     keep("mooncake", "Routing policies on the Mooncake conversation trace", notes,
          {"policies": rows, "infinite cache": [bound._asdict()]})  # fmt: skip
 
