@@ -17,11 +17,10 @@ from bench.harness import exit_with
 from bench.memserve import RESULTS
 from common.errors import ConfigError
 from common.plots.style import INK, PALETTE, new_figure, save, styled
+from systems.memserve.config import MODES, POLICIES
 
 FIGURES = RESULTS.parent / "figures" / "memserve"
 Rows = list[dict[str, Any]]
-POLICIES = ("round_robin", "least_load", "session", "prompt_tree_longest", "prompt_tree_cost", "mooncake",
-            "sglang_router")  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SHAPES = ("ShareGPT", "LooGLE", "ReAct")
 METRICS = {"jct_s_mean": "mean JCT (s)", "ttft_s_mean": "mean TTFT (s)", "tpot_ms_mean": "mean TPOT (ms)"}
@@ -34,13 +33,15 @@ def table(name: str, heading: str) -> Rows:
 
 
 def plain(axis: Any) -> None:
-    """Plain numbers on a logarithmic axis of values: of the coarsest ladder that has three of them in view."""
+    """Plain numbers on a logarithmic axis of values: even steps where it spans little, else those of its decades."""
+    from matplotlib.ticker import MaxNLocator
+
     low, high = axis.get_ylim()
-    for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 2.0, 3.0, 5.0, 7.0), tuple(np.arange(2, 20) / 2)):
-        ticks = [step * 10.0**power for power in range(-6, 7) for step in steps]
-        inside = [tick for tick in ticks if low <= tick <= high]
-        if len(inside) >= 3:
-            break
+    steps = (1.0,) if high / low > 300 else (1.0, 3.0) if high / low > 30 else (1.0, 2.0, 5.0)
+    ticks = [step * 10.0**power for power in range(-6, 7) for step in steps]
+    if high / low < 8:
+        ticks = [float(tick) for tick in MaxNLocator(5).tick_values(low, high)]
+    inside = [tick for tick in ticks if low <= tick <= high]
     axis.set_yticks(inside, [f"{tick:,g}" for tick in inside])
     axis.set_yticks([], minor=True)
 
@@ -49,9 +50,6 @@ def legend(figure: Any, axis: Any, columns: int, height: float = 1.0) -> None:
     """One legend for all, above the panels."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=columns, bbox_to_anchor=(0.5, height))
-
-
-# ------------------------------------------------------------ Fig. 8
 
 
 def fig8() -> Any:
@@ -81,9 +79,6 @@ def fig8() -> Any:
     return figure
 
 
-# ------------------------------------------------------------ designs
-
-
 def ladder() -> Any:
     """Four counters by turn; lines that coincide are named together."""
     rows = table("ladder", "by turn")
@@ -99,9 +94,6 @@ def ladder() -> Any:
     figure.tight_layout(rect=(0, 0, 1, 0.91))
     legend(figure, axes[0][0], 4)
     return figure
-
-
-# ------------------------------------------------------------ microbenchmarks
 
 
 def index() -> Any:
@@ -148,31 +140,36 @@ def cached() -> Any:
 
 
 def modes() -> Any:
-    """Colour: mode; a column for each number of communicators, and one for transfers side by side."""
+    """Colour: mode; a column for each number of communicators, and one for transfers side by side. Below the times:
+    over those of by_request_agg, so that it shows where the order turns."""
     rows = table("modes", "points")
-    figure, axes = new_figure(2, 4, 15.0, 7.0)
-    keys = {"jct_s_p50": "P50 JCT (s)", "jct_s_p99": "P99 JCT (s)"}
-    ways = list(dict.fromkeys((row["communicators"], row["ordered"]) for row in rows))
-    for row_of, (key, label) in zip(axes, keys.items()):
-        for axis, (communicators, ordered) in zip(row_of, ways):
-            here = [row for row in rows if (row["communicators"], row["ordered"]) == (communicators, ordered)]
-            for place, mode in enumerate(("by_layer", "by_request", "by_request_agg")):
-                mine = [row for row in here if row["mode"] == mode]
-                axis.loglog([row["rate"] for row in mine], [row[key] for row in mine], color=PALETTE[place],
-                            marker=MARKERS[place], ms=8 - 2 * place, lw=2.4 - 0.5 * place, label=mode)  # fmt: skip
-            rates = sorted({row["rate"] for row in rows})
+    figure, axes = new_figure(3, 4, 15.0, 9.4)
+    ways = dict.fromkeys((row["communicators"], row["ordered"]) for row in rows)
+    for column, (communicators, ordered) in enumerate(ways):
+        here = [row for row in rows if (row["communicators"], row["ordered"]) == (communicators, ordered)]
+        base = [row for row in here if row["mode"] == "by_request_agg"]
+        for place, mode in enumerate(MODES):
+            mine = [row for row in here if row["mode"] == mode]
+            rates = [row["rate"] for row in mine]
+            look = {"color": PALETTE[place], "marker": MARKERS[place], "ms": 8 - 2 * place, "lw": 2.4 - 0.5 * place}
+            axes[0][column].loglog(rates, [row["jct_s_p50"] for row in mine], label=mode, **look)
+            for axis, key in zip(axes[1:, column], ("jct_s_p50", "jct_s_p99")):
+                axis.semilogx(rates, [row[key] / other[key] for row, other in zip(mine, base)], **look)
+        for axis in axes[:, column]:
             axis.set_xticks(rates, [str(rate) for rate in rates])
             axis.set_xticks([], minor=True)
-            axis.set_ylabel(label)
-            axis.set_title(f"{communicators} communicator{'s' * (communicators > 1)}, "
-                           f"{'in order' if ordered else 'side by side'} (simulated)")  # fmt: skip
-        low, high = (bound([axis.get_ylim()[end] for axis in row_of]) for end, bound in ((0, min), (1, max)))
+        axes[0][column].set_title(f"{communicators} communicator{'s' * (communicators > 1)}, "
+                                  f"{'in order' if ordered else 'side by side'} (simulated)")  # fmt: skip
+        axes[2][column].set_xlabel("requests/s")
+    for axis in axes[0]:
+        axis.set_ylim(min(one.get_ylim()[0] for one in axes[0]), max(one.get_ylim()[1] for one in axes[0]))
+        axis.set_ylabel("P50 JCT (s)")
+        plain(axis)
+    for row_of, name in zip(axes[1:], ("P50", "P99")):
         for axis in row_of:
-            axis.set_ylim(low, high)
-            plain(axis)
-    for axis in axes[-1]:
-        axis.set_xlabel("requests/s")
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+            axis.set_ylim(0.96, 1.32)  # what is above is as far beyond as the panel at the top shows
+            axis.set_ylabel(f"{name} JCT / by_request_agg's")
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
     legend(figure, axes[0][0], 3)
     return figure
 
@@ -182,12 +179,12 @@ def calls() -> Any:
     rows = table("calls", "points")
     figure, axes = new_figure(1, 1, 6.4, 4.2)
     axis = axes[0][0]
-    for place, mode in enumerate(("by_layer", "by_request", "by_request_agg")):
+    for place, mode in enumerate(MODES):
         mine = [row for row in rows if row["mode"] == mode]
         counts = [row["communicators"] for row in mine]
         look = {"color": PALETTE[place], "marker": MARKERS[place], "ms": 6}
         axis.loglog(counts, [row["transfer_ms"] for row in mine], label=f"{mode} (simulated)", **look)
-        if mine[0]["paper_ms"] == mine[0]["paper_ms"]:
+        if mode != "by_layer":
             axis.loglog(counts, [row["paper_ms"] for row in mine], ls=":", mfc="white", label=f"{mode} (paper)", **look)
     axis.set_xticks(counts, [str(count) for count in counts])
     axis.set_xticks([], minor=True)
@@ -197,9 +194,6 @@ def calls() -> Any:
     figure.tight_layout(rect=(0, 0, 1, 0.87))
     legend(figure, axis, 3)
     return figure
-
-
-# ------------------------------------------------------------ routing and parts
 
 
 def share() -> Any:
@@ -219,10 +213,9 @@ def share() -> Any:
             axis.set_ylabel(label)
             axis.set_title(f"{case} (simulated)")
             if key.startswith("max"):
-                axis.set_ylim(0.9)
-    names = ("questions about a document", "sessions about a document")
-    for axis, name in zip(axes[-1], names):
-        axis.set_xlabel(name)
+                axis.set_ylim(1.0)
+    for axis, name in zip(axes[-1], ("questions", "sessions")):
+        axis.set_xlabel(f"{name} about a document")
     figure.tight_layout(rect=(0, 0, 1, 0.96))
     legend(figure, axes[0][0], 7)
     return figure
@@ -247,9 +240,9 @@ def ablation() -> Any:
     """One change at a time."""
     rows = table("ablation", "one at a time")
     figure, axes = new_figure(1, 3, 12.5, 5.4)
-    keys = {"hit_ratio": "token hit ratio (simulated)", "false_hit_ratio": "false hits, of prompt tokens",
-            "ttft_s_mean": "mean TTFT (s)"}  # fmt: skip
-    bars(axes[0], [row["variant"] for row in rows], rows, keys)
+    bars(axes[0], [row["variant"] for row in rows], rows, {
+        "hit_ratio": "token hit ratio (simulated)", "false_hit_ratio": "false hits, of prompt tokens",
+        "ttft_s_mean": "mean TTFT (s)"})  # fmt: skip
     figure.tight_layout()
     return figure
 
@@ -258,9 +251,9 @@ def failures() -> Any:
     """What became of the requests, and how long they took."""
     rows = table("failures", "failures")
     figure, axes = new_figure(1, 4, 15.0, 4.4)
-    keys = {"finished": "requests finished, of 400 (simulated)", "ttft_s_p99": "P99 TTFT (s)",
-            "jct_s_mean": "mean JCT (s)", "load_left": "requests left in the load tables"}  # fmt: skip
-    bars(axes[0], [row["variant"] for row in rows], rows, keys)
+    bars(axes[0], [row["variant"] for row in rows], rows, {
+        "finished": "requests finished, of 400 (simulated)", "ttft_s_p99": "P99 TTFT (s)",
+        "jct_s_mean": "mean JCT (s)", "load_left": "requests left in the load tables"})  # fmt: skip
     figure.tight_layout()
     return figure
 
@@ -269,10 +262,10 @@ def mooncake() -> Any:
     """Hits against an infinite cache, times, balance."""
     rows = table("mooncake", "policies")
     figure, axes = new_figure(1, 5, 17.0, 3.8)
-    keys = {"hit_ratio": "token hit ratio (simulated)", "ttft_s_mean": "mean TTFT (s)", "ttft_s_p99": "P99 TTFT (s)",
-            "max_over_mean_tokens": "max/mean prompt tokens of a P",
-            "max_over_mean_minute_p95": "the same by minutes, computed, P95"}  # fmt: skip
-    bars(axes[0], [row["policy"] for row in rows], rows, keys)
+    bars(axes[0], [row["policy"] for row in rows], rows, {
+        "hit_ratio": "token hit ratio (simulated)", "ttft_s_mean": "mean TTFT (s)", "ttft_s_p99": "P99 TTFT (s)",
+        "max_over_mean_tokens": "max/mean prompt tokens of a P",
+        "max_over_mean_minute_p95": "computed, by minutes, P95"})  # fmt: skip
     bound = table("mooncake", "infinite cache")[0]["tokens"]
     axes[0][0].axvline(bound, color=INK, ls="--", lw=1)
     axes[0][0].text(bound, -0.75, "infinite cache", ha="right", fontsize=7.5)

@@ -11,6 +11,7 @@ from typing import Any
 
 from common.sched.lane import EngineConfig
 from common.types import (
+    AgentLost,
     ClusterInfo,
     Command,
     InstanceLost,
@@ -101,10 +102,16 @@ class Membership:
         site.outbox.beat(out)
         return site
 
+    def manager_back(self, event: AgentLost, out: list[Command]) -> None:
+        """The manager is there again, empty. (Nothing is done for other agents: theirs is the state of an instance.)"""
+        if event.agent == "cm" and event.restarted and self._beat_ns:
+            self.cm.back(self.desk.now)
+            out.append(SetTimer(self.ids(), self.desk.now + self._beat_ns, "cm"))
+
     def _start_missing(self, out: list[Command]) -> None:
         """Who was declared dead, or has never been heard of though it should have been there from the start. A start
         that failed is tried again."""
-        if self.desk.now <= self.cm.timeout_ns:
+        if self.desk.now <= max(self.cm.timeout_ns, self.cm.listens_until_ns):
             return
         for instance in range(len(self.cluster.instances)):
             dead = instance not in self.sites or self.sites[instance].pool.dead

@@ -12,6 +12,7 @@ from typing import Any
 from common.policy import Gauge
 from common.sched.lane import EngineConfig
 from common.types import (
+    AgentLost,
     ClusterInfo,
     Command,
     CopyDone,
@@ -61,6 +62,7 @@ class MemServePolicy:
             TimerFired: self._timer,
             InstanceUp: self.members.up,
             InstanceLost: self._lost,
+            AgentLost: self.members.manager_back,
         }
 
     def ids(self) -> int:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.executors.sim import SimExecutor
 from common.types import RequestStatus
 from systems.memserve.config import DESIGNS, Options
 from tests.laws.strategies import law
@@ -82,6 +83,21 @@ def test_without_a_manager_failed_calls_say_who_is_gone():
         scenario = replace(base("pd_caching_3", "2P2D", 4, heartbeat_s=0.0), losses=((6, victim),))
         _, executor = run(scenario)
         assert all_finished(executor)
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_manager_that_died_learns_anew_who_is_there(restart):
+    """It is away when an instance dies; back, it takes nobody for dead who is not, and misses the one that is."""
+    turns = (*TURNS, Turn(4, 200, 40, 20))
+    scenario = replace(base("pd_caching_3", "2P1D", 3, restart=restart), turns=turns, document=(48,) * 5)
+    workload, record, _, _ = scenario.parts()
+    executor = SimExecutor(scenario.model(), workload, record, faults=((800_000, 0),),
+                           agent_faults=((500_000, "cm", 1_000_000),))  # fmt: skip
+    policy, _ = run(scenario, executor, record)
+    assert all_finished(executor)
+    assert not policy.desk.limbo and (0 in policy.gs.members) == restart
+    assert policy.members.cm.declared == 0, "it never knew of the dead one"
+    assert {1, 2} <= set(policy.gs.members) and policy.sites[1].start == policy.sites[2].start == 0
 
 
 @law(150)
