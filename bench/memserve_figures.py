@@ -227,7 +227,8 @@ def bars(axes: Any, labels: list[str], rows: Rows, keys: dict[str, str]) -> None
         values = [row[key] for row in rows]
         axis.barh(labels, values, color=PALETTE[0])
         for place, value in enumerate(values):
-            axis.text(value, place, f" {value:.3g}", va="center", fontsize=7.5)
+            axis.text(value, place, f" {value:.3g}", va="center", fontsize=7.5,
+                      bbox={"fc": "white", "ec": "none", "pad": 0.3})  # fmt: skip
         axis.set_title(label)
         axis.set_xlim(0, max(*values, 1e-9) * 1.16)
         axis.invert_yaxis()
@@ -288,11 +289,9 @@ def draw(name: str) -> list[Path]:
 
 def main() -> int:
     """Those named, or all."""
-    names = sys.argv[1:] or list(DRAWN)
-    unknown = [name for name in names if name not in DRAWN]
-    if unknown:
-        raise ConfigError(f"no figure {unknown[0]}; there are: {', '.join(DRAWN)}")
-    for name in names:
+    for name in sys.argv[1:] or DRAWN:
+        if name not in DRAWN:
+            raise ConfigError(f"no figure {name}; there are: {', '.join(DRAWN)}")
         draw(name)
     return 0
 
