@@ -41,10 +41,6 @@ class Outbox:
         """Messages that are not acknowledged."""
         return len(self._kept)
 
-    def about(self, request_id: int) -> bool:
-        """Is one of them about this request?"""
-        return any(message[1] == request_id for _, message in self._kept.values())
-
     def say(self, message: tuple[Any, ...], out: list[Command]) -> None:
         """`message`: kind, request, and what belongs to it."""
         number, self._number = self._number, self._number + 1

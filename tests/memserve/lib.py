@@ -142,7 +142,8 @@ class Judge:
         for instance in gs.members:
             for request_id in (*gs.queue[instance], *gs.decodes[instance]):
                 if status[request_id] in (RequestStatus.FINISHED, RequestStatus.REJECTED):
-                    told = any(site.outbox.about(request_id) for site in sites.values() if not site.pool.dead)
+                    told = any(message[1] == request_id for site in sites.values() if not site.pool.dead
+                               for _, message in site.outbox._kept.values())  # fmt: skip
                     homes = {instance, self.policy.flows[request_id].prefill_at}
                     unknown = any(sites[home].pool.dead and home in gs.members for home in homes)
                     assert told or unknown, f"request {request_id} has ended and weighs on {instance}"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.executors.sim import SimExecutor
-from common.types import RequestStatus
+from common.types import RequestStatus, StartInstance
 from systems.memserve.config import DESIGNS, Options
 from tests.laws.strategies import law
 from tests.memserve.lib import PLANNER, Scenario, Turn, run, scenarios
@@ -83,6 +83,22 @@ def test_without_a_manager_failed_calls_say_who_is_gone():
         scenario = replace(base("pd_caching_3", "2P2D", 4, heartbeat_s=0.0), losses=((6, victim),))
         _, executor = run(scenario)
         assert all_finished(executor)
+
+
+def test_a_start_that_fails_is_tried_again():
+    """The instance is lost, started anew, and lost once more before it is up."""
+    turns = (*TURNS, Turn(4, 400, 40, 20))
+    scenario = replace(base("pd_caching_3", "1P1D", 2, restart=True), turns=turns, document=(48,) * 5,
+                       losses=((6, 0), (40, 0)))  # fmt: skip
+    seen = []
+    workload, record, faults, _ = scenario.parts()
+    executor = SimExecutor(scenario.model(), workload, record, faults=faults)
+    submit = executor.submit
+    executor.submit = lambda command: (seen.append(command), submit(command))
+    policy, _ = run(scenario, executor, record)
+    assert all_finished(executor)
+    assert sum(isinstance(command, StartInstance) for command in seen) == 2
+    assert (policy.flows[8].prefill_at, policy.flows[8].decode_at) == (0, 1)
 
 
 @pytest.mark.parametrize("restart", [True, False])
