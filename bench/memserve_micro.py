@@ -89,8 +89,8 @@ def pool() -> None:
                      "free_ns_a_block": min(frees) * 1e9 / num})  # fmt: skip
     notes = ["Measured on a shared CPU: CPU time of this process, best of seven. The planner's side of the pool: it "
              "keeps counts, ids are the executor's; a call for many blocks costs what one for a block does, unless it "
-             "evicts (leaves of four blocks here). Paper, Fig. 9: 570 ns to allocate and 410 ns to free a block of "
-             "256; its text says some 800 ns."]  # fmt: skip
+             "evicts (leaves of four blocks here). Paper, Fig. 9: 570 ns a block to allocate and 410 ns to free "
+             "256 of them; its text says some 800 ns."]  # fmt: skip
     write_report("pool", "Time of alloc_mem and free_mem", notes, {"by blocks": rows}, RESULTS)
 
 
