@@ -7,6 +7,7 @@ or in sessions (LooGLE-shaped, 3P1D; compare Fig. 15). failures: instances and m
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from bench.harness import asked, exit_with
@@ -36,6 +37,7 @@ PARTS = {
     "no fetch (Eq. 2)": ("system.fetch=false",),
 }
 DEGREES = (1, 2, 3, 5)
+LOADED = ("workload.rate=40", "workload.think_mean_s=0.1")
 LOSSY = "cluster.message_faults={{delay_ms:5,loss:{},duplicate:0.1}}"
 FAILURES = {
     "none": (),
@@ -109,19 +111,20 @@ def failures() -> None:
 def share() -> None:
     """The more questions a document has, or the more sessions talk about it, the more there is to route by."""
     tables: dict[str, list[dict[str, Any]]] = {}
-    cases = (("single questions", "share", "workload.num_documents", 240),
-             ("sessions", "share_sessions", "workload.system_prompts", 80))  # fmt: skip
-    for case, name, knob, many in cases:
+    cases = (("single questions", "share", "workload.num_documents", 240, ()),
+             ("sessions", "share_sessions", "workload.system_prompts", 80, ()),
+             ("sessions, loaded", "share_sessions", "workload.system_prompts", 80, LOADED))  # fmt: skip
+    for case, name, knob, many, more in cases:
         rows: list[dict[str, Any]] = []
-        for rule in RULES:
-            for degree in DEGREES:
-                load = [f"experiment=memserve/{name}", f"system.policy={rule}", f"{knob}={many // degree}"]
-                rows.append({"policy": rule, "share_degree": degree, **measured(load)})
+        for rule, degree in product(RULES, DEGREES):
+            load = [f"experiment=memserve/{name}", f"system.policy={rule}", f"{knob}={many // degree}", *more]
+            rows.append({"policy": rule, "share_degree": degree, **measured(load)})
         tables[case] = rows
     notes = ["Simulated, one seed, 3P1D of Llama-2-13B (H800, TP2), pd_caching_3. Single questions: 240 requests at "
              "12/s, every document is asked about so many times; without sessions `session` is least_load. Sessions: "
              "250 requests in some 80 sessions of up to 5 questions, so many of them about a document in the mean "
-             "(near the paper's Fig. 15, whose sessions are verbatim copies).",
+             "(near the paper's Fig. 15, whose sessions are verbatim copies); loaded: they come ten times as fast and "
+             "think a tenth as long.",
              "max_over_mean: the busiest prefill instance, by requests, by prompt tokens, and by tokens computed "
              "there."]  # fmt: skip
     keep("share", "Routing policies over the share degree", notes, tables)

@@ -198,10 +198,10 @@ def calls() -> Any:
 
 def share() -> Any:
     """Policies side by side at each degree, so that none hides another."""
-    figure, axes = new_figure(3, 2, 13.0, 9.6)
+    figure, axes = new_figure(3, 3, 17.0, 9.6)
     keys = {"hit_ratio": "token hit ratio", "ttft_s_p99": "P99 TTFT (s)",
             "max_over_mean_tokens": "max/mean prompt tokens of a P"}  # fmt: skip
-    for column, case in enumerate(("single questions", "sessions")):
+    for column, case in enumerate(("single questions", "sessions", "sessions, loaded")):
         rows = table("share", case)
         degrees = sorted({row["share_degree"] for row in rows})
         for row_of, (key, label) in zip(axes, keys.items()):
@@ -214,7 +214,7 @@ def share() -> Any:
             axis.set_title(f"{case} (simulated)")
             if key.startswith("max"):
                 axis.set_ylim(1.0)
-    for axis, name in zip(axes[-1], ("questions", "sessions")):
+    for axis, name in zip(axes[-1], ("questions", "sessions", "sessions")):
         axis.set_xlabel(f"{name} about a document")
     figure.tight_layout(rect=(0, 0, 1, 0.96))
     legend(figure, axes[0][0], 7)
