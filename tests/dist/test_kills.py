@@ -78,3 +78,10 @@ def test_two_workers_die(name: str, seed: int) -> None:
     rng = random.Random(f"two of {name} {seed}")
     instances = rng.sample(range(STORIES[name].instances), 2)
     survive(name, dict(zip(rng.sample(range(1, ORDERS[name]), 2), instances)))
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="make nightly")
+@pytest.mark.parametrize("victims", [(0, 2), (1, 3)], ids=["prefill", "decode"])
+def test_a_role_of_memserve_dies_out(victims: tuple[int, int]) -> None:
+    """The others take its requests on."""
+    survive("memserve", dict(zip((300, 500), victims)))
