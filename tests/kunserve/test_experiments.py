@@ -6,6 +6,7 @@ import pytest
 from bench.kunserve.rule import POINTS, SHARE, prefill_s
 from bench.kunserve.runs import DECLARED, ORACLES, Found, mean_until, systems
 from bench.kunserve.timelines import BIN_S, tokens_over_time, ttft_over_time
+from common.build import cluster_model
 from common.config import compose
 from common.metrics import summarize
 from tests.kunserve.worlds import Burst as Small
@@ -26,6 +27,16 @@ def test_systems_are_declared_ones_in_order() -> None:
     found = systems()
     assert found == [name for name in DECLARED if name in found] and found[0] == "vllm" and "kunserve" in found
     assert not set(systems(oracles=False)) & set(ORACLES)
+
+
+def test_a_remap_costs_what_the_cluster_says() -> None:
+    model = cluster_model(compose(["system=kunserve", "cluster.remap_ms=7.5"]))
+    assert model.remap_ns == 7_500_000
+    burst, waits = Small(((0, 100, 60),) * 16, 2, 24), []
+    for remap_ns in (model.remap_ns, 1_000):
+        rows = Run(burst, model=burst.model(remap_ns=remap_ns)).drive().record.remaps
+        waits.append([end - start for start, end, kind in zip(rows.start_ns, rows.end_ns, rows.kind) if kind == "drop"])
+    assert len(waits[0]) == 2 and min(waits[0]) >= 7_500_000 > 1_000_000 > max(waits[1])
 
 
 def test_mean_over_time_weighs_by_time() -> None:
