@@ -184,5 +184,6 @@ def _plot_cost(rows: list[dict[str, Any]]) -> None:
             axis.axhline(5, color="#999999", lw=0.8, ls=":")
             axis.set_xticks(range(len(some)), [row["cost model"] for row in some])
             axis.set_title(f"{model}: error on held-out batches, % (dotted: the paper's 5)")
-        axes[0][0].legend()
+            axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
+        axes[0][0].legend(loc="upper left", ncols=3)
         draw(figure, "cost")
