@@ -97,7 +97,9 @@ def plot(runs: dict[str, Found], bursts: list[tuple[float, float]], name: str, u
         for axis in axes[:, 0]:
             for begin, end in bursts:
                 axis.axvspan(begin, end, color="#EEEEEE", zorder=0)
-            axis.legend(fontsize=7, loc="upper right", frameon=True, framealpha=0.85, edgecolor="none")
+            low, high = axis.get_ylim()  # room for the legend above the lines
+            axis.set_ylim(low, high * (high / low) ** 0.2 if axis is wait else 1.3 * high)
+            axis.legend(fontsize=7, loc="upper right", ncols=len(runs))
             axis.set_xlim(0, until_s)
         axes[-1][0].set_xlabel(f"s (grey: {rate})")
         memory.set_title(title)
@@ -108,7 +110,8 @@ def timeline() -> None:
     """Fig. 12, at the operating point by rule and on the default burst."""
     rows: list[dict[str, Any]] = []
     dropped: list[float] = []  # output tokens/s from the first drop to the last arrival, against vllm
-    for experiment, title in (("memory_burst", "memory is short, compute is not"), ("burst", "compute is short too")):
+    titles = {"memory_burst": "memory is short, compute is not", "burst": "compute is short too; later bursts not grey"}
+    for experiment, title in titles.items():
         runs = {name: simulate(experiment, f"system={name}", SEED) for name in ("vllm", "kunserve")}
         for name, found in runs.items():
             _, _, have = demand(found.record)
