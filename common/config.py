@@ -48,7 +48,8 @@ class ClusterConfig:
     """Instances of `tp` GPUs, the first `num_running` of which run from the start; a node has `gpus_per_node` GPUs.
     `tps`: GPUs of each instance where they differ (`tp` is then the most); (): all alike.
     `lost`: (seconds, instance). `lost_agents`: (seconds, name, seconds until it is back). `message_faults`: (mean extra
-    delay in ms, share lost, share doubled). `models`: names in conf/model that share the GPUs, in place of `model`."""
+    delay in ms, share lost, share doubled). `models`: names in conf/model that share the GPUs, in place of `model`.
+    `remap_ms`: what a drop or a load of layers pays for remapping pages, however many layers."""
 
     num_instances: int
     num_running: int  # from the start
@@ -61,6 +62,7 @@ class ClusterConfig:
     frontend_ms: float
     host_memory_gb: float | None
     models: tuple[str, ...] = ()
+    remap_ms: float = 5.0
     tps: tuple[int, ...] = ()
 
     @property
@@ -260,7 +262,7 @@ def _cluster(tree: dict[str, Any]) -> ClusterConfig:
     if tps and models:
         raise ConfigError(f"cluster.tp={list(tps)} with cluster.models: instances of several models have one tp")
     return ClusterConfig(instances, running, tp, per_node, lost, agents, messages, control, frontend, host,
-                         tuple(models), tps)  # fmt: skip
+                         tuple(models), _number("cluster.remap_ms", tree["remap_ms"]), tps)  # fmt: skip
 
 
 def _tp(value: object, instances: int) -> tuple[int, tuple[int, ...]]:
