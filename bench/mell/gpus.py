@@ -18,6 +18,7 @@ import numpy as np
 from common.config import compose
 from common.driver import drive
 from common.metrics import summarize
+from common.provenance import git_state
 from common.record import RequestColumns, RunRecord
 from common.sched.fleet import FleetPolicy
 from run import make_executor, served
@@ -30,7 +31,7 @@ RATES = {"infrequent": 0.5, "middle": 0.8, "frequent": 1.1}
 MAIN = ("mell", "load_balance", "worst_fit", "best_fit", "oracle_worst_fit", "oracle_best_fit")
 SNAPSHOT_S = 5.0
 SLOS = ((5_000, 50), (5_000, 100), (1_000, 50))  # TTFT and TPOT, ms
-RAMP = 1 / 3  # of the span of arrivals is left out of means and peaks
+RAMP, RAMP_S = 1 / 3, 500.0  # of the span of arrivals, at most so many s: left out of means and peaks
 
 
 class Case(NamedTuple):
@@ -74,15 +75,17 @@ def simulate(case: Case) -> dict[str, Any]:
     info = executor.cluster.instances[0]
     capacity = info.kv_cells // info.num_layers
     span = float(workload.arrival_ns.max()) / 1e9
-    steady = [sample for sample in watched.seen if span * RAMP <= sample[0] < span]
+    ramp = min(span * RAMP, RAMP_S)
+    steady = [sample for sample in watched.seen if ramp <= sample[0] < span]
     return {
         "key": case.key,
         "case": case._asdict(),
         "cpu_s": time.process_time() - begin,
         "requests": workload.num_requests,
         **_latency(record, config, workload),
-        **_service(record, span * RAMP),
+        **_service(record, ramp),
         **_gpus(record, steady, capacity, float(config.system_options["watermark"])),
+        "timeline": _timeline(watched.seen, capacity),
         **_moves(policy, record, span),
     }
 
@@ -149,18 +152,26 @@ def _gpus(
     paid = ((spans[:, :1] <= at) & (at < spans[:, 1:])).sum(axis=0)
     snapshots = [sizes for _, _, sizes in seen]
     used = np.array([sum(sizes) for sizes in snapshots]) / capacity
-    low = np.array([martello_toth(sizes, capacity) for sizes in snapshots])
     return {
         "plan_mean": float(plan.mean()), "plan_peak": int(plan.max()),
         "paid_mean": float(paid.mean()), "paid_peak": int(paid.max()),
         "utilisation": float(used.sum() / plan.sum()), "utilisation_paid": float(used.sum() / paid.sum()),
-        "volume_mean": float(np.mean([volume(sizes, capacity) for sizes in snapshots])),
-        "l2_mean": float(low.mean()), "l2_peak": int(low.max()),
-        "ffd_mean": float(np.mean([first_fit(sizes, capacity) for sizes in snapshots])),
+        **_bound("volume", [volume(sizes, capacity) for sizes in snapshots]),
+        **_bound("l2", [martello_toth(sizes, capacity) for sizes in snapshots]),
+        **_bound("ffd", [first_fit(sizes, capacity) for sizes in snapshots]),
         **_classes(snapshots, int(capacity * (1 - watermark))),
         "live_mean": float(np.mean([len(sizes) for sizes in snapshots])),
-        "timeline": {"at_s": at.tolist(), "plan": plan.tolist(), "paid": paid.tolist(), "l2": low.tolist()},
     }  # fmt: skip
+
+
+def _bound(name: str, values: list[int]) -> dict[str, Any]:
+    return {f"{name}_mean": float(np.mean(values)), f"{name}_peak": int(max(values))}
+
+
+def _timeline(seen: list[tuple[float, int, list[int]]], capacity: int) -> dict[str, Any]:
+    """The whole run, ramp and drain too."""
+    return {"at_s": [round(at, 3) for at, _, _ in seen], "plan": [num for _, num, _ in seen],
+            "l2": [martello_toth(sizes, capacity) for _, _, sizes in seen]}  # fmt: skip
 
 
 def _classes(snapshots: list[list[int]], capacity: int) -> dict[str, Any]:
@@ -202,12 +213,13 @@ def run_missing(cases: Iterable[Case], given: argparse.Namespace, line: Callable
                 without: Callable[[Case], Iterable[str]] = lambda case: ()) -> None:  # fmt: skip
     """Simulate what the file lacks, and write it after each; `line`: what is printed of a row, `without`: what a row
     leaves out."""
-    path = Path(given.out)
+    path, git = Path(given.out), git_state()
+    commit = f"{git['commit']}" + ("+changes" if git["dirty"] else "")
     rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for case in cases:
         if case.key in rows or given.only not in case.key:
             continue
-        row = rows[case.key] = simulate(case)
+        row = rows[case.key] = simulate(case) | {"commit": commit}
         for name in without(case):
             del row[name]
         print(f"{case.key}: {line(row)}, used {row['utilisation']:.2f}, {row['cpu_s']:.0f} s", flush=True)
@@ -221,7 +233,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()
     run_missing(cases(given.seeds), given, lambda row: f"plan {row['plan_mean']:.1f}/{row['plan_peak']}, paid "
-                f"{row['paid_mean']:.1f}, L2 {row['l2_mean']:.1f}")  # fmt: skip
+                f"{row['paid_mean']:.1f}, L2 {row['l2_mean']:.1f}",
+                lambda case: ("timeline",) if case.seed else ())  # fmt: skip
 
 
 if __name__ == "__main__":
