@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.mell.gpus import measured_at
 from systems.mell.groups import Groups
 
 CAPACITY = 1264  # blocks: Llama-2-13B on 40 GB
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="results/mell")
     out = Path(parser.parse_args().out)
-    rows = []
+    rows, commit = [], measured_at()
     for mixed, per_gpu in ((False, 12), (True, 5)):
         for num_gpus in (10, 100, 1_000, 10_000):
             rows.append(min((measure(num_gpus, per_gpu, mixed, seed) for seed in range(2)),
@@ -82,7 +83,8 @@ def main() -> None:
             print(rows[-1], flush=True)
     lines = ["Cost of one operation of the scheduler (Allocate, Depart, Update by one block: a third each), CPU time",
              f"of its thread, best of 2 seeds x {OPERATIONS:,} operations, GPUs of {CAPACITY} blocks. Measured on a",
-             "shared machine: the growth is the result, not the microseconds. `python -m bench.mell.cost`", "",
+             "shared machine: the growth is the result, not the microseconds. `python -m bench.mell.cost`",
+             f"Measured at commit {commit}.", "",
              "| requests | GPUs | live | mean, us | worst, us | group moves/op | request moves/op |",
              "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     lines += [f"| {row['mix']} | {row['gpus']:,} | {row['requests']:,} | {row['mean_us']:.1f} | "
@@ -90,7 +92,7 @@ def main() -> None:
               f"{row['group_moves_per_op']:.2f} | {row['request_moves_per_op']:.2f} |" for row in rows]  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     (out / "cost.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "cost.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    (out / "cost.json").write_text(json.dumps({"commit": commit, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

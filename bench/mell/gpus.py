@@ -59,8 +59,8 @@ def cases(seeds: int) -> Iterator[Case]:
                     yield Case(experiment, load, system, "", seed, (f"workload.rate={rate}",))
 
 
-def simulate(case: Case) -> dict[str, Any]:
-    """One run and its numbers over the steady part."""
+def simulate(case: Case, change: Callable[[FleetPolicy], None] = lambda policy: None) -> dict[str, Any]:
+    """One run and its numbers over the steady part; `change` the policy before it starts."""
     config = compose([f"experiment=mell/{case.experiment}", f"system={case.system}", f"seed={case.seed}",
                       *case.overrides])  # fmt: skip
     workload = served(build(config.workload, config.seed), config.engine.max_model_len)
@@ -68,6 +68,7 @@ def simulate(case: Case) -> dict[str, Any]:
     executor = make_executor(config, workload, record)
     policy = make_policy(config.system, executor.cluster.info(), config.engine, config.system_options)
     assert isinstance(policy, FleetPolicy)
+    change(policy)
     watched = Watched(policy.planner, policy)
     policy.planner = watched
     begin = time.process_time()
@@ -209,12 +210,17 @@ def options(description: str | None, out: str) -> argparse.ArgumentParser:
     return parser
 
 
+def measured_at() -> str:
+    """The commit of the code that runs."""
+    git = git_state()
+    return f"{git['commit']}" + (" with uncommitted changes" if git["dirty"] else "")
+
+
 def run_missing(cases: Iterable[Case], given: argparse.Namespace, line: Callable[[dict[str, Any]], str],
                 without: Callable[[Case], Iterable[str]] = lambda case: ()) -> None:  # fmt: skip
     """Simulate what the file lacks, and write it after each; `line`: what is printed of a row, `without`: what a row
     leaves out."""
-    path, git = Path(given.out), git_state()
-    commit = f"{git['commit']}" + ("+changes" if git["dirty"] else "")
+    path, commit = Path(given.out), measured_at()
     rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for case in cases:
         if case.key in rows or given.only not in case.key:

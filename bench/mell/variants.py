@@ -17,6 +17,7 @@ NATIVE_RATES = {"infrequent": 13.6, "middle": 21.8, "frequent": 30.0}  # in the 
 LINKS = (1.25e8, 6e8, 1.25e9, 5e9, 2e10)  # bytes/s
 TIMELINES = ("timeline", "timeline_7b")
 HYBRID = ("hybrid", "hybrid_mid", "hybrid_busy")  # prompts take more and more of the compute
+VOLUMES = {"infrequent": 1.6, "middle": 2.5, "frequent": 3.6}  # rates that ask for as much KV as the paper's bars do
 LENGTHS = {1: 30.0, 20: 0.36}  # scale -> rate; x10 is the main comparison
 MARKS = (0.0, 0.05, 0.1, 0.2, 0.3)
 AZURE_STARTS = (0, 1000, 2000)  # s of the trace
@@ -26,6 +27,7 @@ def cases() -> Iterator[Case]:
     """All runs, most wanted first; the study is the first part of the key."""
     for seed in SEEDS:
         yield from _watermark(seed)
+        yield from _scale(seed)
         yield from _hybrid(seed)
         yield from _overflow(seed)
         for name in TIMELINES:
@@ -74,6 +76,12 @@ def _azure(seed: int) -> Iterator[Case]:
             for system in FOUR:
                 window = f"workload.window_s=[{start},{start + seconds}]"
                 yield Case(f"{model}_{name}", name, system, "", seed, (window,))
+
+
+def _scale(seed: int) -> Iterator[Case]:
+    for load, rate in VOLUMES.items():
+        for system in FOUR:
+            yield Case("scale", load, system, "", seed, (f"workload.rate={rate}",))
 
 
 def _lengths(seed: int) -> Iterator[Case]:
