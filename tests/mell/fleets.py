@@ -75,9 +75,10 @@ class FleetRun:
         return self
 
     def _spy_on_removals(self):
-        """A request leaves its source as tokens only with all of its blocks promised at the destination."""
+        """The destination holds room for all of a request before the source frees it: as promised blocks (tokens), or
+        as reserved ones that are written (KV; until then both sides hold its KV)."""
         mover = self.policy.mover
-        submit = mover.submit
+        submit, arrived = mover.submit, mover._arrived
 
         def removed(seq, instance, out):
             lane = self.policy.lanes[instance]
@@ -85,7 +86,15 @@ class FleetRun:
             self.promised += 1
             submit(seq, instance, out)
 
-        mover.submit = removed
+        def copied(move, now, out):
+            seq, stored = move.parked, -(-move.parked.computed // 16)
+            assert move.done == seq.computed and move.dst.reserved[seq.request_id] >= stored
+            assert move.src.reserved[seq.request_id] == stored, "the source has freed before the copy was acknowledged"
+            held = self.executor.state.held[seq.request_id]
+            assert {one.instance for one in held} == {move.src.instance, move.dst.instance}
+            arrived(move, now, out)
+
+        mover.submit, mover._arrived = removed, copied
 
     def check(self):
         """Nobody is lost; at boundaries both sides count the same blocks; the plan keeps its invariants."""
