@@ -148,7 +148,7 @@ def rules_table(rows: dict[str, Any]) -> list[str]:
             f"{mean(group, 'plan_mean') / mean(group, 'l2_mean'):.2f}", f"{ours:+.0f}%" if other else "",
             f"{theirs:+.0f}%" if other else "",
             f"{mean(group, 'kv_moves_per_s') + mean(group, 'token_moves_per_s'):.1f}",
-            f"{mean(group, 'recomputed_tokens') / 600:.0f}", f"{mean(group, 'median_stall_ms'):.0f}",
+            f"{mean(group, 'recomputed_per_s'):.0f}", f"{mean(group, 'median_stall_ms'):.0f}",
             f"{mean(group, 'steady_ttft_ms_p99') / 1e3:.0f}", f"{mean(group, 'steady_tpot_ms_p99'):.0f}",
             f"{100 * mean(group, 'good_5000_100'):.0f}%",
         ]))  # fmt: skip

@@ -184,12 +184,20 @@ def _classes(snapshots: list[list[int]], capacity: int) -> dict[str, Any]:
             "class_blocks": {name: float(sizes[index == at].sum() / sizes.sum()) for at, name in enumerate(names)}}
 
 
+def _stalls(policy: FleetPolicy, record: RunRecord) -> list[int]:
+    """ns from leaving the source to the next token, of each finished migration; sorted. By the executor's clock: the
+    policy hears of a recomputed prompt at a step's end only."""
+    rows = record.stalls
+    took = {(request, begin): end - begin for request, begin, end in zip(rows.request_id, rows.begin_ns, rows.end_ns)}
+    return sorted(took[left] for left in policy.mover.stats.left_ns if left in took)
+
+
 def _moves(policy: FleetPolicy, record: RunRecord, span: float) -> dict[str, Any]:
     done = policy.mover.stats
-    stalls = sorted(stall for stalls in done.stalls_ns.values() for stall in stalls)
+    stalls = _stalls(policy, record)
     out = {
         "kv_moves_per_s": done.kv_done / span, "token_moves_per_s": done.token_done / span,
-        "aborted": done.aborted, "kv_gb": done.kv_bytes / 1e9, "recomputed_tokens": done.recomputed_tokens,
+        "aborted": done.aborted, "kv_gb": done.kv_bytes / 1e9, "recomputed_per_s": done.recomputed_tokens / span,
         "median_stall_ms": stalls[len(stalls) // 2] / 1e6 if stalls else None,
         "p99_stall_ms": stalls[len(stalls) * 99 // 100] / 1e6 if stalls else None,
         "starts": policy.stats.starts, "stops": policy.stats.stops, "fallbacks": policy.stats.fallbacks,

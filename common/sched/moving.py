@@ -62,7 +62,9 @@ class MoveStats:
     aborted: int = 0
     kv_bytes: int = 0
     recomputed_tokens: int = 0
-    stalls_ns: dict[int, list[int]] = field(default_factory=dict)  # by request, one entry per finished migration
+    # by request, one entry per finished migration; it ends when the policy hears of it, so as tokens up to an epoch late
+    stalls_ns: dict[int, list[int]] = field(default_factory=dict)
+    left_ns: list[tuple[int, int]] = field(default_factory=list)  # (request, when its stall began), the same migrations
 
 
 class Mover:
@@ -255,6 +257,7 @@ class Mover:
         since = self._stalled.pop(request_id, None)
         if since is not None:
             self.stats.stalls_ns.setdefault(request_id, []).append(now - since)
+            self.stats.left_ns.append((request_id, since))
 
     # ------------------------------------------------------------ ends
 

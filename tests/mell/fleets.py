@@ -133,4 +133,7 @@ class FleetRun:
         for instance, lane in self.policy.lanes.items():
             assert lane.free == lane.num_blocks and lane.empty and not lane.promised, f"instance {instance}"
         assert all(memory.used == 0 for memory in self.executor.state.memory)
+        stats, stalls = self.policy.mover.stats, self.record.stalls
+        assert set(stats.left_ns) <= set(zip(stalls.request_id, stalls.begin_ns)), "a migration without a stall"
+        assert len(stats.left_ns) == stats.kv_done + stats.token_done
         assert not (self.policy.seqs or self.policy.unsent or self.policy.mover.by_request or self.policy.at)
