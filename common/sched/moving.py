@@ -62,7 +62,7 @@ class MoveStats:
     aborted: int = 0
     kv_bytes: int = 0
     recomputed_tokens: int = 0
-    # by request, one entry per finished migration; it ends when the policy hears of it, so as tokens up to an epoch late
+    # by request, one entry per finished migration; as tokens it ends when the policy hears of it, up to an epoch late
     stalls_ns: dict[int, list[int]] = field(default_factory=dict)
     left_ns: list[tuple[int, int]] = field(default_factory=list)  # (request, when its stall began), the same migrations
 
