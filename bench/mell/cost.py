@@ -80,16 +80,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="results/mell")
     out = Path(parser.parse_args().out)
-    rows, commit = [], measured_at()
+    rows: list[dict[str, Any]] = []
+    commit = measured_at()
     for mixed, per_gpu in ((False, 12), (True, 5)):
         for num_gpus in (10, 100, 1_000, 10_000):
             rows.append(min((measure(num_gpus, per_gpu, mixed, seed) for seed in range(2)),
                             key=lambda row: float(row["mean_us"])))  # fmt: skip
             print(rows[-1], flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "cost.md").write_text("\n".join(report(rows, commit)) + "\n", encoding="utf-8")
+    (out / "cost.json").write_text(json.dumps({"commit": commit, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def report(rows: list[dict[str, Any]], commit: str) -> list[str]:
+    """Both tables."""
     lines = [
         "Measured (CPU time of the scheduler's thread; `python -m bench.mell.cost`): Allocate, Depart, Update by one",
-        f"block, a third each, best of 2 seeds x {OPERATIONS:,} operations, GPUs of {CAPACITY} blocks. A shared machine:",
-        f"the growth is the result, not the microseconds. Measured at commit {commit}.",
+        f"block, a third each, best of 2 seeds x {OPERATIONS:,} operations, GPUs of {CAPACITY} blocks. A shared",
+        f"machine: the growth is the result, not the microseconds. Measured at commit {commit}.",
         "",
         "| requests | GPUs | live | mean, us | worst, us | group moves/op | request moves/op | most request moves |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -106,9 +114,7 @@ def main() -> None:
         assert len(counts) <= 11
         lines.append(f"| {row['mix']} | {row['gpus']:,} | "
                      + " | ".join(str(many) for many in [*counts, *[0] * (11 - len(counts))]) + " |")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "cost.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "cost.json").write_text(json.dumps({"commit": commit, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return lines
 
 
 if __name__ == "__main__":
