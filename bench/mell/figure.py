@@ -221,7 +221,7 @@ def report(rows: Rows) -> list[str]:
         "",
         "used: KV held over the KV of the plan's GPUs. Moves of MELL's scheduler by group (a multi-item is one) and by",
         "request, before and after pruning; those that the cluster carried out; tokens computed anew for them; their",
-        "stalls. preempted: a GPU ran out of blocks, and its last request went back to the queue. That is no migration:",
+        "stalls. preempted: a GPU ran out of blocks, and its last request was queued again. That is no migration:",
         "the tokens computed anew for it come on top, and so does the wait until its next token.",
         "",
         *work_table(rows),

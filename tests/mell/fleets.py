@@ -154,8 +154,8 @@ class RestlessRun(FleetRun):
         super().__init__(seed, num)
         rng = random.Random(~seed)
         self.kind = "restless"
-        epoch_us, watermark, leap = rng.choice((300, 700, 2_000)), rng.choice((0.0, 0.05)), rng.choice((None, None, 1, 5))
-        self.policy = policy("mell", self.model.info(), "hybrid", epoch_us, watermark, leap)
+        epoch_us, leap = rng.choice((300, 700, 2_000)), rng.choice((None, None, 1, 5))
+        self.policy = policy("mell", self.model.info(), "hybrid", epoch_us, rng.choice((0.0, 0.05)), leap)
         modes = rng.choice((("tokens",), ("kv", "tokens"), ("tokens", "tokens", "kv")))
         self.policy.planner = Restless(rng.randint(2, len(self.model.info().instances)), cycle(modes))
         self._spy_on_removals()
