@@ -51,6 +51,8 @@ def _watermark(seed: int) -> Iterator[Case]:
     for mark in MARKS:
         for system in FOUR:
             yield Case("watermark", f"{mark:g}", system, "", seed, (f"system.watermark={mark}",))
+        yield Case("watermark", f"{mark:g}", "mell", "compute_share=1", seed,
+                   (f"system.watermark={mark}", "system.compute_share=1.0"))  # fmt: skip
 
 
 def _hybrid(seed: int) -> Iterator[Case]:
