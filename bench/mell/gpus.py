@@ -57,6 +57,8 @@ def cases(seeds: int) -> Iterator[Case]:
             for experiment in ("13b_x10", "7b_x10"):
                 for system in MAIN:
                     yield Case(experiment, load, system, "", seed, (f"workload.rate={rate}",))
+                yield Case(experiment, load, "mell", "compute_share=1", seed,
+                           (f"workload.rate={rate}", "system.compute_share=1.0"))  # fmt: skip
 
 
 def simulate(case: Case, change: Callable[[FleetPolicy], None] = lambda policy: None) -> dict[str, Any]:
