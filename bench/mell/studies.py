@@ -195,6 +195,7 @@ def _service(axis: Any, rows: Rows) -> None:
             axis.plot([x], [y], MARKERS[marks.index(mark)], color=PALETTE[index], ms=6)
     for mark, shape in zip(marks, MARKERS):
         axis.plot([], [], shape, color="#666666", label=f"watermark {mark}")
+    axis.set_ylim(bottom=86)  # room for the legend
     axis.set_xlabel("paid GPUs")
     axis.set_ylabel("requests with TTFT ≤ 5 s, TPOT ≤ 100 ms, %")
     axis.set_title("GPUs against service (13B, rate 1.1); simulated")
