@@ -244,7 +244,7 @@ class PoolLane:
                 pool.unpin(lease, read=False)
             return None
         job.lease, job.shared, job.target, job.owned, job.decoding = lease, hit, job.known, 0, False
-        job.computed = max(job.computed, hit)
+        job.computed = job.had = max(job.computed, hit)
         return Entry(job.request_id, job.computed, job.target, hit, leave=job.leaves, keep=self.caching or job.leaves)
 
     def _promote(self) -> bool:
