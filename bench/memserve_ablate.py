@@ -126,7 +126,7 @@ def share() -> None:
              "(near the paper's Fig. 15, whose sessions are verbatim copies); loaded: they come ten times as fast and "
              "think a tenth as long.",
              "max_over_mean: the busiest prefill instance, by requests, by prompt tokens, and by tokens computed "
-             "there (there is one decode instance)."]  # fmt: skip
+             "there."]  # fmt: skip
     keep("share", "Routing policies over the share degree", notes, tables)
 
 
