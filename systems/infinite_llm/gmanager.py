@@ -116,6 +116,8 @@ class GManager:
         waits = len(self._fresh) < len(self.members) and quiet < 3 * settings.period_ns
         if settings.mode != "proactive" or self.token is not None or quiet < settings.period_ns // 2 or waits:
             return
+        if settings.plan_limit is not None and self.num_plans >= settings.plan_limit:
+            return
         self._planned_ns = now_ns
         self._fresh.clear()
         view = View(self.loads, {key: {r: e.num_blocks for r, e in own.items()} for key, own in self.map.items()})
