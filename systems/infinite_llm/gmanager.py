@@ -171,7 +171,7 @@ class GManager:
         left = need.best
         for instance in order:
             load = self.loads[instance]
-            spare = load.free - load.capacity // 20 if not wait else load.free
+            spare = load.free if wait else self.planner.spare(load)
             take = min(left, spare)
             if take > 0:
                 parts[instance] = take

@@ -114,13 +114,16 @@ class Planner:
             creditor = freest(creditors, loads)
         request_id = max(own, key=lambda r: (own[r], -r))
         other = loads[creditor]
-        room = other.free - int((1 - self.max_utilisation) * other.capacity)
-        most = min(own[request_id] - 1, room)
+        most = min(own[request_id] - 1, self.spare(other))
         num, net = self.search(load, other, most)
         if num == 0 or net <= self.hysteresis * self._tps(load, other) * self.horizon_iterations:
             return None
         return PlannedMove(request_id, debtor, creditor, num, self._tps(load, other),
                            self._tps(self.admitted(load), other), self._tps(*self.moved(load, other, num)))  # fmt: skip
+
+    def spare(self, load: Load) -> int:
+        """Blocks that a creditor lends for throughput or relief: none while requests of its own wait."""
+        return 0 if load.waiting else load.free - load.capacity + int(self.max_utilisation * load.capacity)
 
     def search(self, debtor: Load, creditor: Load, most: int) -> tuple[int, float]:
         """n* and its net gain. Between the numbers at which one more waiting request fits the gain is convex in n: its

@@ -16,6 +16,7 @@ from systems.infinite_llm.messages import (
     Heartbeat,
     Load,
     MoveKvcache,
+    Need,
     PlacementEntry,
     Renew,
     Renewed,
@@ -229,3 +230,14 @@ def test_a_dead_creditors_requests_are_computed_anew(mode: str) -> None:
     assert_all_ended(run)
     assert list(run.record.requests.status) == [RequestStatus.FINISHED] * 2
     assert run.record.requests.finish_ns[0] > first.record.requests.finish_ns[0], "it was computed twice"
+
+
+def test_relief_goes_to_creditors_that_keep_a_tenth_and_have_nobody_waiting() -> None:
+    """Else a full cluster lends in circles, and every loan costs a round trip per layer."""
+    made = gmanager()
+    made.loads = {0: LOAD, 1: Load(100, 40, 4, 0, 0, 960)}
+    need = Need(7, 0, 1, 50, False)
+    assert made.divide(need, wait=False) == ((1, 30),)
+    made.loads[1] = made.loads[1]._replace(waiting=1, waiting_blocks=60)
+    assert made.divide(need, wait=False) == ()
+    assert made.divide(need, wait=True) == ((1, 40),), "a giant takes what there is"
