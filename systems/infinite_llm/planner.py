@@ -70,7 +70,7 @@ class Planner:
     """Pure: a view in, moves out."""
 
     def __init__(self, model: Throughput, block_size: int, pace: int = 16, hysteresis: float = 0.02,
-                 horizon_iterations: int = 2000, max_utilisation: float = 0.9, max_moves: int = 4,
+                 horizon_iterations: int = 500, max_utilisation: float = 0.9, max_moves: int = 4,
                  scattered: bool = False) -> None:  # fmt: skip
         self.model = model
         self.block_size = block_size

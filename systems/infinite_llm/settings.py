@@ -25,7 +25,7 @@ class Settings:
     pace: int = 16  # tokens moved per iteration of the source
     low_share: float = 0.02  # of an instance's blocks: when so few are free, borrow
     hysteresis: float = 0.02  # least gain of a move, as a share of the throughput of both ends
-    horizon_iterations: int = 2000  # a move must pay within so many
+    horizon_iterations: int = 500  # a move must pay within so many
     verify_ns: int = 10_000 * MS  # what a move realised: over so long before the plan and after its end
     plan_limit: int | None = None  # make so many plans and no more: what one more brings is the difference of two runs
     locality: bool = False  # creditors of the same node first (always so in `debt`)
