@@ -20,7 +20,7 @@ from systems.infinite_llm.throughput import Throughput
 
 SECOND = 1_000_000_000
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
-NUM_PLANS = 8  # of each seed, evenly spaced
+NUM_PLANS = 5  # of each seed, evenly spaced
 WINDOWS_S = (10, 30)
 
 
@@ -71,7 +71,7 @@ def predictions() -> None:
         windows.append({"seed": seed, **_windows(record)})
         plans += _counterfactual(record, seed)
     table = [{"window after the plan, s": at, **_errors(plans, at)} for at in WINDOWS_S]
-    notes = ["Llama-2-7B, 8 A100-80GB, `experiment=infinite_llm/predictions` (300 requests at 2.5/s), 3 seeds.",
+    notes = ["Llama-2-7B, 8 A100-80GB, `experiment=infinite_llm/predictions` (400 requests at 2/s), 3 seeds.",
              "Windows: decode tokens per second of both ends in the 10 s before a plan and after its move's end, of "
              "moves whose windows end before the last arrival. Requests come and go in them, so this is the error of "
              "the model's throughput, not what a move brought.",
