@@ -14,8 +14,8 @@ from common.predictions import Tokens
 
 MODELS = (("llama2-7b", 1), ("llama2-13b", 2), ("llama2-70b", 4))
 NUM_GPUS = 32
-LENGTHS = (1_000, 4_000, 16_000, 64_000, 256_000, 500_000, 1_000_000, 2_000_000)
-OUTPUT = 512
+LENGTHS = (1_000, 16_000, 64_000, 256_000, 1_000_000, 2_000_000)
+OUTPUT = 256
 STEP_NS = 2_000_000_000
 THREE = ("vllm_multi", "vllm_single", "proactive")
 

@@ -44,7 +44,7 @@ def links() -> None:
             table.append({"link": NAMES[bandwidth], "GB/s": bandwidth / 1e9, "latency, us": latency,
                           **line(mine, base)})  # fmt: skip
     notes = ["Llama-2-7B. First: one request of 300K tokens over the memory of three A100s (home included), the "
-             "cluster otherwise empty, every link as given. Second: `experiment=infinite_llm/links`, 150 requests on 8 "
+             "cluster otherwise empty, every link as given. Second: `experiment=infinite_llm/links`, 120 requests on 8 "
              "A100s, every link as given, 3 seeds; median (least..most) over seeds.",
              "Bandwidth of a link is one way; every layer pays two latencies."]  # fmt: skip
     keep("links", "Links from NVLink to 1 GbE", notes, {"one giant": lone, "a workload where memory binds": table,
@@ -93,7 +93,7 @@ def _plot(lone: list[Row], rows: list[Row], base: list[Row]) -> None:
         left.set_ylabel("ms per output token")
         left.set_title("one request of 300K tokens, 4 instances")
         right.set_ylabel("tokens/s against vllm_multi, %")
-        right.set_title("150 requests, 8 instances")
+        right.set_title("120 requests, 8 instances")
         right.axhline(0, color="grey", lw=0.8)
         for axis in (left, right):
             axis.set_xscale("log")

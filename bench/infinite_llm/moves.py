@@ -20,7 +20,7 @@ from systems.infinite_llm.throughput import Throughput
 
 SECOND = 1_000_000_000
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
-NUM_PLANS = 5  # of each seed, evenly spaced
+NUM_PLANS = 4  # of each seed, evenly spaced
 WINDOWS_S = (10, 30)
 
 
