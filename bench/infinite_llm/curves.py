@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from bench.infinite_llm.runs import SEEDS, SYSTEMS, Row, band, draw, keep, line, measure, only
+from bench.infinite_llm.runs import SEEDS, SYSTEMS, Row, band, draw, keep, line, measure, only, tokens_each
 from common.plots.style import DASHES, PALETTE, new_figure, styled
 
 MIXES = (0, 1, 2)
 RATES = (2.0, 5.0, 8.0, 11.0)
 SPREADS = (0.3, 1.0, 2.0)
 MEMORY_RATES = (1.0, 2.0, 3.0)
+TIGHT_RATES = (0.5, 1.0, 1.5)
 THREE = ("vllm_multi", "vllm_single", "proactive")
 TWO = ("vllm_multi", "proactive")
 INSTANCES = (2, 4, 8, 16, 32)
@@ -48,16 +49,38 @@ def spread_curves() -> None:
     _curves("spread", rows, "cv", SPREADS, MEMORY_RATES, THREE, "coefficient of variation {}")
 
 
+def tight() -> None:
+    """Where the longest prompts fill most of an instance: the memory that others hold keeps them waiting."""
+    rows = [{"cv": cv, "rate": rate, "system": name, "seed": seed,
+             **measure("tight", *SYSTEMS[name], f"workload.lengths.prompt.cv={cv}", f"workload.rate={rate}",
+                       f"seed={seed}")}
+            for cv in SPREADS for rate in TIGHT_RATES for seed in SEEDS for name in TWO]  # fmt: skip
+    notes = ["Llama-2-13B, 8 instances of one A100-80GB, which hold "
+             f"{tokens_each('tight', 'system=vllm'):,} tokens each; 120 requests: prompts of mean 6K, at most 45K, by "
+             "their coefficient of variation, replies of mean 1,500 (ours), 3 seeds; median (least..most) over "
+             "seeds."]  # fmt: skip
+    tables = {f"coefficient of variation {cv}": _lines(only(rows, cv=cv), TIGHT_RATES, TWO) for cv in SPREADS}
+    low = [_worst(rows, "cv", cv, TIGHT_RATES) for cv in SPREADS]
+    keep("tight", "Where a prompt fills most of an instance", notes, {"all rates": low, **tables, "runs": rows})
+    _curves("tight", rows, "cv", SPREADS, TIGHT_RATES, TWO, "coefficient of variation {}")
+
+
 def _worst(rows: list[Row], key: str, value: float, at: tuple[float, ...]) -> Row:
     """Proactive against vllm_multi over all rates and seeds of one spread: is it ever below by more than 1%?"""
-    found: dict[float, list[float]] = {}
-    for rate in at:
-        base = {row["seed"]: row["window_tps"] for row in only(rows, **{key: value}, rate=rate, system="vllm_multi")}
-        mine = only(rows, **{key: value}, rate=rate, system="proactive")
-        found[rate] = [100 * (row["window_tps"] / base[row["seed"]] - 1) for row in mine]
-    medians = [float(np.median(values)) for values in found.values()]
-    return {key: value, "best median of a rate, %": max(medians), "worst median of a rate, %": min(medians),
-            "best run, %": max(map(max, found.values())), "worst run, %": min(map(min, found.values()))}  # fmt: skip
+    out: Row = {key: value}
+    for what, label in (("window_tps", "tokens/s"), ("output_throughput", "tokens / duration"),
+                        ("normal_ms", "latency")):  # fmt: skip
+        changes = [_changes(only(rows, **{key: value}, rate=rate), what) for rate in at]
+        out |= {f"{label}: medians of rates, %": ", ".join(f"{np.median(values):+.1f}" for values in changes),
+                f"{label}: all runs, %":
+                f"{min(map(min, changes)):+.1f}..{max(map(max, changes)):+.1f}"}  # fmt: skip
+    return out
+
+
+def _changes(rows: list[Row], key: str) -> list[float]:
+    """Proactive against vllm_multi in %, seed by seed."""
+    base = {row["seed"]: row[key] for row in only(rows, system="vllm_multi")}
+    return [100 * (row[key] / base[row["seed"]] - 1) for row in only(rows, system="proactive")]
 
 
 def _lines(rows: list[Row], at: tuple[float, ...], systems: tuple[str, ...]) -> list[Row]:
@@ -90,24 +113,20 @@ def instances() -> None:
     """2 to 32 instances at one load per instance, which fills them."""
     rows = [{"instances": num, "system": name, "seed": seed,
              **measure("instances", *SYSTEMS[name], f"cluster.num_instances={num}",
-                       f"workload.rate={0.3125 * num}", f"workload.num_requests={20 * num}", f"seed={seed}")}
+                       f"workload.rate={0.125 * num}", f"workload.num_requests={15 * num}", f"seed={seed}")}
             for num in INSTANCES for seed in SEEDS for name in TWO]  # fmt: skip
     table = [{"instances": num, "system": name, "KV in use, %": _used(only(rows, instances=num, system=name)),
               **line(only(rows, instances=num, system=name), only(rows, instances=num, system="vllm_multi"))}
              for num in INSTANCES for name in TWO]  # fmt: skip
-    notes = ["Llama-2-7B on A100-80GB, 0.3125 requests/s and 20 requests per instance, prompts of mean 6K and "
-             "coefficient of variation 2, replies of mean 1,500, 3 seeds; median (least..most) over seeds. KV in use "
-             "is over the whole run, its tail included."]  # fmt: skip
+    notes = ["Llama-2-13B, instances of one A100-80GB, 0.125 requests/s and 15 requests per instance, prompts of mean "
+             "6K (at most 45K) and coefficient of variation 1.5, replies of mean 1,500, 3 seeds; median (least..most) "
+             "over seeds. KV in use is over the whole run, its tail included."]  # fmt: skip
     keep("instances", "2 to 32 instances", notes, {"instances": table, "runs": rows})
     with styled():
-        figure, ((left, right),) = new_figure(1, 2, 8.0, 3.0)
-        for axis, key, label in ((left, "window_tps", "output tokens/s"),
-                                 (right, "normal_ms", "latency per output token")):  # fmt: skip
-            changes = []
-            for num in INSTANCES:
-                base = {row["seed"]: row[key] for row in only(rows, instances=num, system="vllm_multi")}
-                mine = only(rows, instances=num, system="proactive")
-                changes.append([100 * (row[key] / base[row["seed"]] - 1) for row in mine])
+        figure, axes = new_figure(1, 3, 11.0, 3.0)
+        for axis, key, label in zip(axes[0], ("window_tps", "output_throughput", "normal_ms"),
+                                    ("output tokens/s", "tokens / duration", "latency per output token")):  # fmt: skip
+            changes = [_changes(only(rows, instances=num), key) for num in INSTANCES]
             band(axis, list(INSTANCES), changes, color=PALETTE[0])
             axis.axhline(0, color="grey", lw=0.8)
             axis.set_xscale("log", base=2)
