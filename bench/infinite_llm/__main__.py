@@ -13,11 +13,11 @@ from bench.infinite_llm.ablations import ablations
 from bench.infinite_llm.contexts import capacity, contexts
 from bench.infinite_llm.curves import instances, rates, spread_curves, tight
 from bench.infinite_llm.links import links
-from bench.infinite_llm.mixes import mixes
+from bench.infinite_llm.mixes import mixes, mixes_dcp
 from bench.infinite_llm.moves import planner, predictions
 
 JOBS = {job.__name__: job for job in (planner, ablations, predictions, instances, spread_curves, tight, rates, links,
-                                      contexts, mixes, capacity)}  # fmt: skip
+                                      contexts, mixes, mixes_dcp, capacity)}  # fmt: skip
 
 
 def main() -> None:
