@@ -15,7 +15,6 @@ from common.predictions import Tokens
 MODELS = (("llama2-7b", 1), ("llama2-13b", 2), ("llama2-70b", 4))
 NUM_GPUS = 32
 LENGTHS = (1_000, 16_000, 64_000, 256_000, 1_000_000, 2_000_000)
-OUTPUT = 256
 STEP_NS = 2_000_000_000
 THREE = ("vllm_multi", "vllm_single", "proactive")
 
@@ -43,16 +42,21 @@ def arithmetic(model: str, tp: int) -> Row:
             "tokens of vllm_single": one.instances[0].kv_cells // share * size}  # fmt: skip
 
 
+def reply(context: int) -> int:
+    """Tokens of reply: enough that the first of a batch still decodes when the last has been prefilled."""
+    return 256 if context <= 16_000 else 2048
+
+
 def floor_tps(facts: Row, batch: int, context: int, bandwidth: float) -> float:
     """Tokens/s if all weights and all KV were read once per token at the bandwidth of all GPUs."""
-    kv = batch * (context + OUTPUT / 2) * facts["KV of a token, KiB"] * 1024
+    kv = batch * (context + reply(context) / 2) * facts["KV of a token, KiB"] * 1024
     weights = facts["layers' weights, GB"] * 1e9 * facts["instances"]
     return float(batch * bandwidth * NUM_GPUS / (weights + kv))
 
 
 def fits(facts: Row, system: str, context: int) -> int:
     """Requests of this length that memory holds at once."""
-    tokens = -(-(context + OUTPUT) // 16) * 16
+    tokens = -(-(context + reply(context)) // 16) * 16
     if system == "vllm_multi":
         return int(facts["tokens of one instance"] // tokens) * int(facts["instances"])
     pool = "tokens of vllm_single" if system == "vllm_single" else "tokens of the pool"
@@ -64,13 +68,13 @@ def contexts() -> None:
     facts = [arithmetic(model, tp) for model, tp in MODELS]
     rows: list[Row] = []
     for (model, tp), known in zip(MODELS, facts):
-        limit = known["tokens of one instance"] - OUTPUT
+        limit = known["tokens of one instance"] - reply(known["tokens of one instance"])
         for context in sorted({*LENGTHS, limit, limit + 16}):
             for system in THREE:
                 rows.append(_best(model, tp, known, system, context))
     table = [{key: value for key, value in row.items() if key != "tpot_ms"} for row in rows]
-    notes = [f"4 nodes of 8 A100-80GB. As many requests of one length as memory holds arrive at once, {OUTPUT} tokens "
-             "of reply each; the rate is the highest over any 2 s (all decode, none prefills). One run each: nothing "
+    notes = ["4 nodes of 8 A100-80GB. As many requests of one length as memory holds arrive at once, with 256 "
+             "tokens of reply (2,048 above 16K); the rate is the highest over any 2 s. One run each: nothing "
              "is random. 0: not servable. The odd lengths are the longest request "
              "of one instance, and a block more.",
              "`floor` is the arithmetic: weights of every instance and all KV, read once per token at 2.04 TB/s by all "
@@ -88,7 +92,7 @@ def _best(model: str, tp: int, facts: Row, system: str, context: int) -> Row:
     config = compose(["experiment=infinite_llm/contexts", *shape(model, tp)])
     record = simulate("contexts", *SYSTEMS[system], *shape(model, tp), f"workload.prompt_tokens={context}",
                       f"workload.num_requests={batch}", "workload.rate=100000",
-                      f"workload.output_tokens={OUTPUT}")  # fmt: skip
+                      f"workload.output_tokens={reply(context)}")  # fmt: skip
     made, every = Tokens(record), tuple(range(config.cluster.num_instances))
     rates = [made.per_second(every, at, at + STEP_NS) for at in range(0, record.end_ns - STEP_NS, STEP_NS)]
     first = np.array(record.requests.first_token_ns)
