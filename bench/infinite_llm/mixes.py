@@ -28,7 +28,7 @@ RATES = (48.0, 48.0, 48.0, 40.0, 30.0, 25.0, 20.0, 15.0, 12.0)
 SLOW = ("hardware.nic_bandwidth=1.25e8", "hardware.nic_latency_ns=50000")
 RUN = {**SYSTEMS, "vllm_single, 1 GbE": (*SYSTEMS["vllm_single"], *SLOW)}
 ORDER = ("vllm_multi", "proactive", "vllm_single", "vllm_single, 1 GbE", "dcp")
-DCP = ((2, 0), (3, 0), (8, 0), (0, 0), (5, 0))  # (mix, seed)
+DCP = tuple((mix, seed) for seed in SEEDS for mix in MIXES)  # (mix, seed): whole seeds, should a run be cut short
 
 
 def mixes() -> None:
