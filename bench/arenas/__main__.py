@@ -36,6 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.arenas", description=__doc__)
     parser.add_argument("arenas", nargs="*", help=f"of {', '.join(names())} (default: all)")
     parser.add_argument("--systems", help="only these, comma separated")
+    parser.add_argument("--jobs", type=int, default=1, help="systems at a time, each in a process (%(default)s)")
     parser.add_argument("--draw", action="store_true", help="tables and figures from the committed results")
     options = parser.parse_args()
     git = git_state()
@@ -52,7 +53,7 @@ def main() -> int:
             print(f"{name}: skipped, {arena.needs} is not in the data folder", file=sys.stderr)
             continue
         begin = time.perf_counter()
-        result = play(arena, git, options.systems.split(",") if options.systems else None)
+        result = play(arena, git, options.systems.split(",") if options.systems else None, options.jobs)
         with replacing(kept) as path:
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr)

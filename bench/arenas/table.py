@@ -27,7 +27,7 @@ def markdown(result: dict[str, Any]) -> str:
     parts = [
         f"# Arena: {result['arena'].replace('_', ' ')}", result["question"],
         f"Simulated, at commit {state}. Means over {what} {seeds}; each system at its defaults and at its own best "
-        f"configuration, found on {what[:-1] if not result['windows'] else 'window'} {result['tuning_seed']} only.",
+        f"configuration, found on {what.split()[0]} {', '.join(str(seed) for seed in result['tuning_seeds'])} only.",
         "## Verdict", " ".join(sentences(result)), why(result["arena"]), "## Table", table(result),
         f"*best* is the search's choice; `*` marks the best of a column among rows that are no oracle. Intervals in "
         f"the text are 95% percentile-bootstrap intervals of the ratio of means over paired {what} (all resamples; "
@@ -76,7 +76,8 @@ def searched(result: dict[str, Any]) -> str:
     objective = result["objective"]
     rule = ("the highest share of requests that meet the targets, ties by mean JCT"
             if objective["metric"] == "slo_attainment" else
-            f"the fewest GPU-seconds among those that meet the targets for {100 * objective['floor']:.0f}% of requests")
+            f"the fewest GPU-seconds among those that meet the targets for {100 * objective['floor']:.0f}% of requests "
+            "on every tuning seed")
     lines = [f"Objective: {rule}. One pass over the axes of `conf/arena`; all tries are in the JSON beside it.", ""]
     for system in dict.fromkeys(row["system"] for row in result["rows"]):
         row = row_of(result, system, "best")
