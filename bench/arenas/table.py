@@ -9,7 +9,8 @@ from bench.arenas.verdict import complete, mean, own_text, row_of, sentences
 
 WHY = Path(__file__).with_name("why")
 COLUMNS = (  # title, key, factor, which way is better
-    ("targets met %", "slo_attainment", 100, 1), ("TTFT mean ms", "mean_ttft_ms", 1, -1),
+    ("targets met %", "slo_attainment", 100, 1), ("TTFT's %", "met_ttft", 100, 1), ("TPOT's %", "met_tpot", 100, 1),
+    ("TTFT mean ms", "mean_ttft_ms", 1, -1),
     ("TTFT P99 ms", "p99_ttft_ms", 1, -1), ("TPOT mean ms", "mean_tpot_ms", 1, -1),
     ("TPOT P99 ms", "p99_tpot_ms", 1, -1), ("JCT mean s", "mean_e2el_ms", 1e-3, -1),
     ("output tok/s", "output_throughput", 1, 1), ("GPU s", "gpu_seconds", 1, -1), ("rejected", "rejected", 1, -1),

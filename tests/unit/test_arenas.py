@@ -130,5 +130,8 @@ def test_several_processes_give_the_same_as_one(tmp_path: Path, monkeypatch: pyt
         kept = (tmp_path / str(jobs) / "burst-x.jsonl").read_text().splitlines()
         assert len({json.loads(line)["key"] for line in kept}) == len(kept) >= 10
     assert results[0] == results[1]
+    for run in (run for row in results[0]["rows"] for run in row["runs"]):
+        assert max(0, run["met_ttft"] + run["met_tpot"] - 1) <= run["slo_attainment"] <= min(
+            run["met_ttft"], run["met_tpot"])  # fmt: skip
     assert [(row["system"], row["kind"]) for row in results[0]["rows"]] == [
         ("vllm", "default"), ("vllm", "best"), ("mell", "default"), ("mell", "best")]  # fmt: skip
