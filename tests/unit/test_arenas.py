@@ -108,7 +108,24 @@ def test_committed_results_keep_to_the_declaration(name: str) -> None:
         assert all(key in arena.axes[row["system"]] and value in arena.axes[row["system"]][key]
                    for key, value in row["own"].items())  # fmt: skip
     assert not {row["system"] for row in ranked(result)} & set(ORACLES)
-    assert len(sentences(result)) >= 5
+    assert len(sentences(result)) >= 6
+
+
+def test_the_verdict_names_who_wins_and_who_is_ahead_in_what() -> None:
+    def row(system: str, kind: str, met: list[float], ttft: list[float]) -> dict[str, Any]:
+        runs = [{"slo_attainment": m, "mean_ttft_ms": t, "mean_e2el_ms": 1.0, "rejected": 0, "bytes_moved": 0,
+                 "num_migrations": 0, "num_preemptions": 0} for m, t in zip(met, ttft)]  # fmt: skip
+        return {"system": system, "kind": kind, "own": {}, "oracle": system in ORACLES, "runs": runs}
+
+    result = {"objective": {"metric": "slo_attainment", "floor": 0.0}, "rows": [
+        row("vllm", "best", [0.8, 0.7], [10.0, 12.0]), row("mell", "best", [0.9, 0.9], [20.0, 22.0]),
+        row("infinite_kv", "best", [1.0, 1.0], [1.0, 1.0])]}  # fmt: skip
+    text = sentences(result)
+    assert text[0].startswith("**mell** (its defaults) meets the targets for 90.0% of requests: first of 2 systems")
+    assert text[1].startswith("Against the second, vllm (its defaults), that is +20.0% [+1")
+    assert text[3].startswith("It loses to it in mean TTFT +90.9% [+8")
+    assert text[4].startswith("The best of the others is ahead of it in mean TTFT (vllm -47.6% [-4")
+    assert text[4].endswith("targets met for 75.0%).")
 
 
 def test_a_change_has_an_interval_over_seeds() -> None:
