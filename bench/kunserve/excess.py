@@ -16,9 +16,9 @@ SEEDS = range(5)
 
 def point(multiplier: float, seed: int) -> dict[str, Any]:
     """One burst: its excess in copies of the parameters, and both systems."""
-    load = (f"workload.burst_multiplier={multiplier}", f"seed={seed}", "workload.duration_s=80")
-    free = simulate("memory_burst", "system=vllm", UNLIMITED, *load)
-    one, two = (simulate("memory_burst", f"system={name}", *load) for name in ("vllm", "kunserve"))
+    load = (f"workload.burst_multiplier={multiplier}", f"seed={seed}")
+    free = simulate("excess", "system=vllm", UNLIMITED, *load)
+    one, two = (simulate("excess", f"system={name}", *load) for name in ("vllm", "kunserve"))
     info = cluster_model(one.config).instances[0]
     num = one.config.cluster.num_instances
     peak = float(demand(free.record)[1].max()) - num * info.kv_cells / info.num_layers
@@ -55,7 +55,8 @@ def excess() -> None:
               "there compute is short as well: see unlimited P99 TTFT"),
     ]  # fmt: skip
     notes = [
-        "memory_burst with other multipliers of the rate from 45 to 75 s, arrivals until 80 s, 5 seeds. Excess: peak "
+        "The experiment `excess` with other multipliers of the rate from 45 to 75 s, arrivals until 80 s, 5 seeds. "
+        "Excess: peak "
         "demand without a limit of KV less the cluster's KV, in copies of the parameters (7 are duplicates)."
     ]
     keep("excess", "Gain over the excess of a burst", notes, {"runs": rows, "claims": claims})

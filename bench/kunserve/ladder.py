@@ -34,7 +34,7 @@ IDLE = "stages idle 60-90 s, %"  # the second half of the burst, and its queue
 
 def _rung(options: tuple[str, ...], seed: int) -> dict[str, Any]:
     """One run's numbers, and its bubbles in the burst."""
-    found = simulate("memory_longbench", *options, f"seed={seed}")
+    found = simulate("ladder", *options, f"seed={seed}")
     return {**numbers(found), IDLE: bubbles(found, 60, 90)}
 
 

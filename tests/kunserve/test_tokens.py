@@ -45,4 +45,5 @@ def test_every_reply_is_that_of_an_undisturbed_run():
     print(f"{time.process_time() - began:.0f} s of CPU", *lines, sep="; ")
     assert both["schedules"] >= SCHEDULES
     assert all(both[kind] >= 5 for kind in SITUATIONS), both
+    assert all(census[kind, "pipeline"] for kind in SITUATIONS), census
     assert all(census[kind, "remote_attention"] for kind in SITUATIONS[:4]), census

@@ -170,6 +170,14 @@ def test_the_draws_reach_what_the_law_is_about():
     assert not rare, f"too few cases show {rare} (all: {dict(met)})"
 
 
+def test_what_fits_is_asked_of_the_same_instant_in_both_runtimes():
+    """Memory to the last cell, and a wanderer that looks at it in the middle of a leap, which `local` goes step by
+    step."""
+    ops = (("go", 1, 5), ("preempt", 0, 20), ("breathe", 0, 20), ("go", 1, 5), ("breathe", 1, 5), ("shift", 2, 5),
+           ("home", 2, 60), ("go", 0, 5), ("breathe", 1, 5), ("go", 1, 200), ("breathe", 2, 60))  # fmt: skip
+    live_through(Case(1, 2, 8, (4, 1, 16), 1.0, ((1, 16), (64, 24)), ops, 4056, True))
+
+
 SHORT = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 70)), min_size=4, max_size=4)
 
 

@@ -11,50 +11,16 @@ from hypothesis import given, settings
 
 pytest.importorskip("torch")
 
-import torch
-
-from common.engine.head import Head
-from common.engine.model import Decoder
 from common.executors.local import LocalExecutor
-from common.types import RequestStatus, Tier
+from common.types import Tier
 from systems.memserve.config import DESIGNS, MODES, Options
 from systems.memserve.policy import MemServePolicy
-from tests.engine.worlds import _dense, source_of, tiny_spec, tiny_world, undisturbed
+from tests.engine.worlds import check_replies, tiny_spec, tiny_world
 from tests.laws.strategies import law
 from tests.memserve.lib import PLANNER, Scenario, Turn, run, scenarios
 
 SPEC = tiny_spec(2)
 NUM = 120 if os.environ.get("KVPLANE_NIGHTLY") else 34  # a design: 6 of them
-
-
-def greedy(ids: list[int], length: int) -> list[int]:
-    """What a dense decoder says after each prefix of `ids` from `length` on: equal to the reply exactly when the reply
-    is greedy. One pass over all of it, so hundreds of requests can be judged."""
-    source = source_of(SPEC)
-    decoder = Decoder(SPEC, "cpu", SPEC.dtype)
-    with torch.inference_mode():
-        x = decoder.embed(torch.tensor(ids[:-1]), source.embedding())
-        rotation = decoder.rotation(torch.arange(len(ids) - 1))
-        past = [None] * SPEC.num_layers
-        for index in range(SPEC.num_layers):
-            views = source.layout.views(source.slab(index))
-            x = decoder.layer(views, x, rotation, _dense(SPEC, past, index))
-        return decoder.logits(x[length - 1 :], source.final_norm(), Head(source.head())).argmax(-1).tolist()
-
-
-def check_tokens(executor: LocalExecutor) -> int:
-    """Every finished request's reply is that of an uncached instance; where one pass disagrees (a near tie), token by
-    token decides."""
-    compared = 0
-    for request_id, ids in executor.tokens.items():
-        if executor.record.requests.status[request_id] != RequestStatus.FINISHED:
-            continue
-        length, num = executor.members.prompt[request_id], executor.members.output[request_id]
-        assert len(ids) == length + num
-        if greedy(ids, length) != ids[length:]:
-            assert ids[length:] == undisturbed(SPEC, executor.world.source, ids[:length], num)
-        compared += num
-    return compared
 
 
 def judged(scenario: Scenario) -> Counter[str]:
@@ -70,7 +36,7 @@ def judged(scenario: Scenario) -> Counter[str]:
                 store.check()
             assert live.stores[Tier.HBM].used == executor.state.memory[instance].used
             assert live.stores[Tier.DRAM].used == executor.state.memory[instance].host_used
-        return census(scenario, policy) + Counter(draws=1, tokens=check_tokens(executor))
+        return census(scenario, policy) + Counter(draws=1, tokens=check_replies(executor))
     finally:
         engine.close()
 
