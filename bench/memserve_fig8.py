@@ -14,7 +14,6 @@ import numpy as np
 
 from bench.harness import exit_with
 from bench.memserve import keep, numbers, simulate
-from common.plots.style import new_figure
 from common.record import RunRecord
 from systems.memserve.config import ROLES
 from systems.memserve.policy import MemServePolicy
@@ -111,24 +110,6 @@ def curves(num: int) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(rows: list[dict[str, Any]]) -> Any:
-    """Ours solid, the paper's dotted."""
-    figure, axes = new_figure(3, 3, 12.0, 9.0)
-    for place, label in enumerate(SHAPES.values()):
-        for axis, key in zip(axes[place], ("jct_s_mean", "ttft_s_mean", "tpot_ms_mean")):
-            for setting in SETTINGS:
-                mine = [row for row in rows if (row["workload"], row["setting"]) == (label, setting)
-                        and row["rate"] in RATES]  # fmt: skip
-                (line,) = axis.plot(RATES, [row[key] for row in mine], marker="o", ms=3, label=setting)
-                axis.plot(RATES, [row[f"paper_{key}"] for row in mine], ls=":", lw=1, color=line.get_color())
-            axis.set_yscale("log")
-            axis.set_title(f"{label}: {key} (simulated; dotted: paper)", fontsize=8)
-    axes[0][0].legend(fontsize=7)
-    for axis in axes[-1]:
-        axis.set_xlabel("requests/s per instance")
-    return figure
-
-
 def main() -> int:
     """All of it."""
     num = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
@@ -153,7 +134,7 @@ def main() -> int:
              "Busy: share of time in iterations with prompts (prefill and colocated instances), or without (decode and "
              "colocated ones), over the same middle half. Decode batch: of an iteration without prompts. Copies: "
              "transfers between instances."]  # fmt: skip
-    keep("fig8", "JCT, TTFT and TPOT over the rate per instance", notes, tables, draw(rows))
+    keep("fig8", "JCT, TTFT and TPOT over the rate per instance", notes, tables)
     return 0
 
 

@@ -76,6 +76,7 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         nic=wide(nic(hardware)),
         pcie=wide(pcie(hardware)),
         startup_ns=startup_ns(hardware, model.param_bytes // tp),
+        remap_ns=int(config.cluster.remap_ms * 1e6),
         control_ns=int(config.cluster.control_ms * 1e6),
         frontend_ns=int(config.cluster.frontend_ms * 1e6),
         compact_bandwidth=hardware.mem_bandwidth * tp,

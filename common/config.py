@@ -47,7 +47,8 @@ class RunOptions:
 class ClusterConfig:
     """Instances of `tp` GPUs, the first `num_running` of which run from the start; a node has `gpus_per_node` GPUs.
     `lost`: (seconds, instance). `lost_agents`: (seconds, name, seconds until it is back). `message_faults`: (mean extra
-    delay in ms, share lost, share doubled). `models`: names in conf/model that share the GPUs, in place of `model`."""
+    delay in ms, share lost, share doubled). `models`: names in conf/model that share the GPUs, in place of `model`.
+    `remap_ms`: what a drop or a load of layers pays for remapping pages, however many layers."""
 
     num_instances: int
     num_running: int  # from the start
@@ -60,6 +61,7 @@ class ClusterConfig:
     frontend_ms: float
     host_memory_gb: float | None
     models: tuple[str, ...] = ()
+    remap_ms: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +253,7 @@ def _cluster(tree: dict[str, Any]) -> ClusterConfig:
     if not isinstance(models, list) or not all(isinstance(name, str) for name in models):
         raise ConfigError(f"cluster.models={models!r}: give a list of names in conf/model, or []")
     return ClusterConfig(instances, running, tp, per_node, lost, agents, messages, control, frontend, host,
-                         tuple(models))  # fmt: skip
+                         tuple(models), _number("cluster.remap_ms", tree["remap_ms"]))  # fmt: skip
 
 
 def _models(names: Sequence[str], hf_config: object) -> tuple[ModelSpec, ...]:

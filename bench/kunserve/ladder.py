@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.kunserve.runs import bubbles, claim, keep, medians, numbers, simulate, spread
+from bench.kunserve.runs import bubbles, claim, draw, keep, medians, new_figure, numbers, simulate, spread, styled
 from common.build import cluster_model
 from common.config import compose
 from common.cost.estimate import HELD_OUT, batches, features, fit
+from common.plots.style import PALETTE
 
 SEEDS = range(5)
 RUNGS = {
@@ -52,6 +53,7 @@ def ladder() -> None:
     def steps(before: str, after: str, *keys: str) -> str:
         return ", ".join(step(before, after, key) for key in keys)
 
+    _plot_ladder(rows)
     tails = ("p99_ttft_ms", "p999_ttft_ms")
     med = {str(row["step"]): row for row in middle}
     claims = [
@@ -84,6 +86,27 @@ def ladder() -> None:
     keep("ladder", "Ablation ladder", ["memory_longbench, 5 seeds; changes are medians (and ranges) over seeds "
     "of the "
          "change against the step before."], {"medians": middle, "claims": claims, "runs": rows})  # fmt: skip
+
+
+def _plot_ladder(rows: list[dict[str, Any]]) -> None:
+    """Each rung's seeds, and their median."""
+    with styled():
+        figure, axes = new_figure(2, 2, 9.5, 6.4, sharex=True)
+        shown = ("p99_ttft_ms", "p99_tpot_ms", "mean_stall_ms", IDLE)
+        for axis, key in zip(axes.flat, shown):
+            for place, name in enumerate(RUNGS):
+                values = [row[key] for row in rows if row["step"] == name and np.isfinite(row[key])]
+                if values and (place or key in shown[:2]):  # nothing stalls, and no stage idles, before the drop
+                    axis.plot([place] * len(values), values, "o", ms=4, color=PALETTE[0])
+                    axis.plot([place - 0.3, place + 0.3], [np.median(values)] * 2, color=PALETTE[1])
+            axis.set_title({"mean_stall_ms": "mean stall of who ran at a drop, ms"}.get(key, key))
+            axis.set_yscale("linear" if key == IDLE else "log")
+            axis.set_xlim(-0.5, len(RUNGS) - 0.5)
+            axis.set_xticks(range(len(RUNGS)), [name.replace(" ", "\n") for name in RUNGS], fontsize=7)
+        axes[0][0].plot([], [], "o", ms=4, color=PALETTE[0], label="one seed")
+        axes[0][0].plot([], [], color=PALETTE[1], label="median")
+        axes[0][0].legend()
+        draw(figure, "ladder")
 
 
 def min_tokens() -> None:
@@ -123,7 +146,10 @@ def errors(model: str, hardware: str, tp: int) -> list[dict[str, Any]]:
 def cost() -> None:
     """Fig. 15."""
     rows = [*errors("qwen2.5-14b", "a800-80g", 1), *errors("qwen2.5-72b", "h800-80g", 4)]
+    _plot_cost(rows)
     full, bare = rows[0], rows[2]
+    big, no_prefix, none = rows[3:]
+    mean = "with prefix: mean %"
     claims = [
         claim("< 5% error",
               f"14B: {full['no prefix: mean %']:.1f}% mean, {full['no prefix: most %']:.1f}% most without "
@@ -134,6 +160,30 @@ def cost() -> None:
         claim("without attention up to 48% (no prefix), 74% (prefix)",
               f"14B: up to {bare['no prefix: most %']:.0f}% and {bare['with prefix: most %']:.0f}%",
               "their batches are not known; ours have at most 4,096 new tokens and 8,192 tokens of prefix"),
+        claim("not shown: 72B",
+              f"TP4, mean with prefix: {big[mean]:.1f}%; without the prefix term {no_prefix[mean]:.1f}%, without "
+              f"attention {none[mean]:.1f}%", "there the terms of attention win next to nothing: 64 heads over 4 GPUs "
+              "beside linear layers of 72B are a small share of an iteration at such lengths"),
     ]  # fmt: skip
     keep("cost", "Error of the paper's cost model", ["Least squares on relative errors; every fifth batch held out."],
          {"held-out error": rows, "claims": claims})  # fmt: skip
+
+
+def _plot_cost(rows: list[dict[str, Any]]) -> None:
+    """Mean (bars) and worst (marks) error of each form, without and with a prefix."""
+    with styled():
+        figure, axes = new_figure(1, 2, 9.5, 3.4)
+        for axis, model in zip(axes[0], dict.fromkeys(row["model"] for row in rows)):
+            some = [row for row in rows if row["model"] == model]
+            for index, (label, shift) in enumerate((("no prefix", -0.2), ("with prefix", 0.2))):
+                at = np.arange(len(some)) + shift
+                axis.bar(at, [row[f"{label}: mean %"] for row in some], 0.36, color=PALETTE[index],
+                         label=f"{label}, mean")  # fmt: skip
+                axis.plot(at, [row[f"{label}: most %"] for row in some], "_", ms=14, color="#222222",
+                          label=None if index else "worst batch")  # fmt: skip
+            axis.axhline(5, color="#999999", lw=0.8, ls=":", label="the paper's 5%")
+            axis.set_xticks(range(len(some)), [row["cost model"] for row in some])
+            axis.set_title(f"{model}: error on held-out batches, %")
+            axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
+        axes[0][0].legend(loc="upper left", ncols=2)
+        draw(figure, "cost")

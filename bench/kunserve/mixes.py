@@ -115,15 +115,16 @@ def _floor(runs: dict[str, list[Found]]) -> float:
     return medians([numbers(found) for found in runs["infinite_kv"]])["p99_ttft_ms"]
 
 
-def _plot(every: list[dict[str, Any]], shares: dict[str, list[dict[str, Any]]]) -> None:
+def _plot(every: list[dict[str, Any]], shares: dict[str, list[dict[str, Any]]], name: str = "mixes") -> None:
     with styled():
-        figure, axes = new_figure(3, len(shares), 10.5, 8.0)
+        figure, axes = new_figure(3, len(shares), max(5.5, 3.5 * len(shares)), 8.0)
         for column, (label, rows) in enumerate(shares.items()):
             names = [row["system"] for row in rows]
+            mine = [row for row in every if row.get("mix", label) == label]
             for line, key in enumerate(("p99_ttft_ms", "p50_tpot_ms")):
                 axis = axes[line][column]
-                for place, name in enumerate(names):
-                    values = [row[key] for row in every if row["mix"] == label and row["system"] == name]
+                for place, system in enumerate(names):
+                    values = [row[key] for row in mine if row["system"] == system]
                     axis.plot([place] * len(values), values, "o", ms=4, **{"color": line_style(place)["color"]})
                 axis.set_xticks(range(len(names)), names, rotation=20)
                 axis.set_title(f"{label}: {key}, one dot a seed", fontsize=8)
@@ -136,7 +137,7 @@ def _plot(every: list[dict[str, Any]], shares: dict[str, list[dict[str, Any]]]) 
             axes[2][column].set_title(f"{label}: violations, %", fontsize=8)
             axes[2][column].set_ylim(0, 40)
         axes[2][0].legend()
-        draw(figure, "mixes")
+        draw(figure, name)
 
 
 def testbed_b() -> None:
@@ -145,6 +146,7 @@ def testbed_b() -> None:
     every = [{"system": name, "seed": seed, **numbers(found)}
              for name, many in runs.items() for seed, found in zip(SEEDS, many)]  # fmt: skip
     shares = violations(runs)
+    _plot(every, {"72B, LongBench": shares}, "testbed_b")
     ours = [numbers(found) for found in runs["kunserve"]]
     base = [numbers(found) for found in runs["vllm"]]
     best = [min(numbers(runs[name][seed])["p99_ttft_ms"] for name in baselines(runs)) for seed in SEEDS]

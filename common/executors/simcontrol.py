@@ -191,9 +191,12 @@ class Control:
     def _away(self, placement: Placement, stage: Stage, start: int, end: int) -> Iterator[Held]:
         """Rectangles of tokens [start, end) that a stage's placement puts on other instances, or in host memory."""
         for span in placement:
+            last = span.token_end
+            if (last is not None and last <= start) or span.token_start >= end or _at_home(span, stage):
+                continue  # most spans, when it is the newest token that is looked for
             band = overlap(span.layers, stage.layers)
-            low, high = max(start, span.token_start), end if span.token_end is None else min(end, span.token_end)
-            if band is not None and not _at_home(span, stage) and low < high:
+            low, high = max(start, span.token_start), end if last is None else min(end, last)
+            if band is not None and low < high:
                 yield Held(span.instance, span.tier, band, low, high)
 
     def adopt(self, lane: SimLane, entry: Entry) -> None:

@@ -26,9 +26,10 @@ LIVE = int(RequestStatus.LIVE)
 
 
 class Copy:
-    """A copy on its way. `left`: tokens not yet promised to the link; `pieces`: those promised and not yet across."""
+    """A copy on its way. `left`: tokens not yet promised to the link; `pieces`: those promised and not yet across;
+    `called_ns`: when its calls so far are made."""
 
-    __slots__ = ("command", "dst_held", "flows", "lane", "left", "pieces", "sent_bytes", "start_ns")
+    __slots__ = ("called_ns", "command", "dst_held", "flows", "lane", "left", "pieces", "sent_bytes", "start_ns")
 
     def __init__(self, command: CopySpan, dst_held: Held, now_ns: int) -> None:
         self.command = command
@@ -38,6 +39,7 @@ class Copy:
         self.flows: list[Flow] = []
         self.sent_bytes = 0
         self.start_ns = now_ns
+        self.called_ns = -(1 << 62)
         self.lane: SimLane | None = None
 
 
@@ -253,7 +255,9 @@ class Moves:
             computed += self._chunk_of(lane, command.request_id)
         done = min(computed, command.tokens[1]) - command.tokens[0]
         if done > 0:
-            self._send(copy, done, 0, command.num_calls)
+            calls = _share(command, done)
+            copy.called_ns = self.state.now + (calls - 1) * self.state.cluster.call_ns
+            self._send(copy, done, 0, calls)
         if lane.stage == stage and lane.feet[stage].serving is lane:
             self._behind_item(copy, lane, lane.item_start, lane.durations[stage])
 
@@ -265,7 +269,7 @@ class Moves:
 
     def _behind_item(self, copy: Copy, lane: SimLane, start: int, duration: int) -> None:
         """A chunk's KV leaves from the end of its first layer on; it is not across before the last layer's own bytes
-        have followed that layer's end."""
+        have followed that layer's end and all calls. Calls are made in turn, a layer's when it is computed."""
         command, cluster = copy.command, self.state.cluster
         tokens = 0
         for chunk, target in zip(lane.chunks, lane.targets):
@@ -277,11 +281,14 @@ class Moves:
         in_all, layers = stage[1] - stage[0], command.layers[1] - command.layers[0]
         first = start + duration * (command.layers[0] - stage[0] + 1) // in_all
         last = start + duration * (command.layers[1] - stage[0]) // in_all
-        link = cluster.link(command.src, command.dst)
-        not_before = last + link.latency_ns + int(self._bytes(tokens, 1, command.src) * 1e9 / link.bandwidth)
+        link, calls = cluster.link(command.src, command.dst), _share(command, tokens)
+        a_layer = max(1, calls // layers)
+        free = max(first, copy.called_ns + cluster.call_ns)
+        copy.called_ns = max(last + (a_layer - 1) * cluster.call_ns, free + (calls - 1) * cluster.call_ns)
+        wire_ns = link.latency_ns + int(self._bytes(tokens, 1, command.src) * 1e9 / link.bandwidth)
         copy.left -= tokens
         copy.pieces += 1
-        piece = (copy, tokens, not_before, max(1, command.num_calls // layers))
+        piece = (copy, tokens, copy.called_ns + wire_ns, a_layer)
         self.state.push(max(first, self.state.now), DONE, BEFORE_LANES, self._layer_out, piece)
 
     def _layer_out(self, piece: tuple[Copy, int, int, int], _: int) -> Event | None:
@@ -439,6 +446,11 @@ class Moves:
 def _holds(stage: Stage, command: CopySpan) -> bool:
     """Does a stage compute all layers of a copy at its source?"""
     return stage.instance == command.src and overlap(stage.layers, command.layers) == command.layers
+
+
+def _share(command: CopySpan, tokens: int) -> int:
+    """Calls of a piece of a copy."""
+    return max(1, command.num_calls * tokens // (command.tokens[1] - command.tokens[0]))
 
 
 def _touches(held: Held, instance: int, tier: Tier, layers: Layers, tokens: tuple[int, int]) -> bool:

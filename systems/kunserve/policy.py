@@ -212,14 +212,24 @@ class KunServePolicy:
         candidates = [Candidate(group.id, len(group.route), infos[group.route[0].instance].node, group in hot)
                       for group in able]  # fmt: skip
         plan = plan_drop(candidates, needed, copy_bytes, core.options.max_group or core.num_layers)
-        if not plan.enough and not self._gave_up:
-            out.append(Mark(hot[0].route[0].instance, "fallback", "preemption by recompute: nothing is left to drop"))
-        self._gave_up = not plan.enough
+        if not plan.enough:
+            self._fall_back(hot[0], "nothing is left to drop", out)
+        merged = plan.enough
         for chosen in plan.merged:
             groups = [core.groups[ident] for ident in chosen]
             if drop.merge(core, groups, out):
                 for group in groups:
                     self.monitor.forget(group.id)
+            else:
+                merged = False
+                self._fall_back(groups[0], "no slices that its members hold make one pipeline", out)
+        self._gave_up = not merged
+
+    def _fall_back(self, group: Group, why: str, out: list[Command]) -> None:
+        """Note once, not at every poll, that memory stays short: lanes preempt as vllm does."""
+        if not self._gave_up:
+            self._gave_up = True
+            out.append(Mark(group.route[0].instance, "fallback", f"preemption by recompute: {why}"))
 
     def _lends(self, group: Group) -> bool:
         """Does a load elsewhere read its parameters?"""

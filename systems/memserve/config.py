@@ -97,6 +97,11 @@ class Options:
     router_rel: float = 1.1
     planner: Planner = Planner()
 
+    @property
+    def revives(self) -> bool:
+        """Is there a manager that starts dead instances anew?"""
+        return self.restart and self.heartbeat_s > 0
+
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Options:
         """Checked; ConfigError, one line, on what is not there."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from common.types import Command, CopyDone, FreeSpan, Send, SwapDone
+from common.types import Command, CopyDone, FreeSpan, SwapDone
 from systems.memserve.config import DESIGNS, Options, num_calls
 from systems.memserve.job import Job
 from systems.memserve.mempool import MemPool, Transfer
@@ -137,6 +137,11 @@ class Handover:
         if job.copy is None and not self.send(job, out):
             self.sites[job.decode_at].pending.append(job)
 
+    def stay(self, job: Job, out: list[Command]) -> None:
+        """No decode instance is left: it is decoded where its prompt is."""
+        job.decode_at, job.leaves, job.ready, job.computed = job.prefill_at, False, True, job.target
+        self.sites[job.prefill_at].lane.submit(job, out)
+
     def retry(self, site: Site, out: list[Command]) -> None:
         """There may be room now."""
         while site.pending and self.send(site.pending[0], out):
@@ -237,7 +242,8 @@ class Handover:
             pool.give(job.owned)
             if site.lane.caching or job.leaves:
                 out.append(FreeSpan(site.instance, job.request_id))
-            if self.design.prefill_caches:
+            home = self.sites.get(job.prefill_at)
+            if home is not None and home is not site and home.caches:
                 cached.append((job.prefill_at, job.prompt))
         job.lease, job.owned = None, 0
         self.respond(site, job, tuple(cached), out)
@@ -261,8 +267,8 @@ class Handover:
 
     def respond(self, site: Site, job: Job, cached: tuple[tuple[int, int], ...], out: list[Command]) -> None:
         """The scheduler learns from responses only."""
-        payload = ("response", job.request_id, site.instance, cached, job.text(job.stored))
-        out.append(Send(f"i{site.instance}", "gs", payload))
+        at = job.prefill_at, job.decode_at
+        site.outbox.say(("response", job.request_id, at, cached, job.text(job.stored)), out)
 
     def drop(self, instance: int) -> None:
         """An instance died: nobody waits for its swaps."""

@@ -10,10 +10,10 @@ class Limbo:
 
     def __init__(self) -> None:
         self._waiting: dict[int, list[Job]] = {}  # by the dead instance
-        self._orphans: list[Job] = []
+        self.orphans: list[Job] = []
 
     def __len__(self) -> int:
-        return len(self._orphans) + sum(len(jobs) for jobs in self._waiting.values())
+        return len(self.orphans) + sum(len(jobs) for jobs in self._waiting.values())
 
     def wait_for(self, instance: int, job: Job) -> None:
         """Until the death of this instance is known."""
@@ -21,11 +21,11 @@ class Limbo:
 
     def orphan(self, job: Job) -> None:
         """Until somebody joins."""
-        self._orphans.append(job)
+        self.orphans.append(job)
 
     def forget(self, job: Job) -> None:
         """Wherever it waits: its P may die while it waits for its D's death."""
-        for jobs in (self._orphans, *self._waiting.values()):
+        for jobs in (self.orphans, *self._waiting.values()):
             if job in jobs:
                 jobs.remove(job)
 
@@ -35,5 +35,5 @@ class Limbo:
 
     def joined(self) -> list[Job]:
         """There is a new member: who may go on."""
-        orphans, self._orphans = self._orphans, []
+        orphans, self.orphans = self.orphans, []
         return orphans

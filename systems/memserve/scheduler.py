@@ -12,6 +12,7 @@ from typing import NamedTuple
 from common.kv.content import length
 from common.kv.index import PrefixIndex
 from common.types import Content
+from systems.memserve.channel import Inbox
 from systems.memserve.config import Options
 
 
@@ -37,6 +38,7 @@ class GlobalScheduler:
         self.trees: dict[int, PrefixIndex] = {}
         self.queue: dict[int, dict[int, int]] = {}  # instance -> prefills sent there and not answered: estimated ns
         self.decodes: dict[int, dict[int, int]] = {}  # instance -> requests decoding there (or to come): tokens
+        self.inboxes: dict[int, Inbox] = {}
         self.sessions: dict[int, int] = {}
         self.dispatched: dict[int, int] = {}  # instance -> prefills sent there in all
         self.guarded = 0
@@ -59,10 +61,14 @@ class GlobalScheduler:
         self.trees[instance] = PrefixIndex(self.block_size)
         self.queue.setdefault(instance, {})
         self.decodes.setdefault(instance, {})
+        self.inboxes[instance] = Inbox()
 
     def leave(self, instance: int) -> None:
-        """It is gone, with what it had cached."""
-        for book in (self.members, self.trees, self.queue, self.decodes):
+        """It is gone, with what it had cached; what it had not answered is expected nowhere."""
+        for request_id in self.queue.get(instance, ()):
+            for decodes in self.decodes.values():
+                decodes.pop(request_id, None)
+        for book in (self.members, self.trees, self.queue, self.decodes, self.inboxes):
             book.pop(instance, None)  # type: ignore[attr-defined]
         self.sessions = {key: home for key, home in self.sessions.items() if home != instance}
 
@@ -70,7 +76,15 @@ class GlobalScheduler:
         """Members of these roles."""
         return [instance for instance in self.members if self.roles[instance] in roles]
 
+    def prefillers(self) -> list[int]:
+        """Members that take prompts: decode instances where no other is left."""
+        return self.able("prefill", "both") or list(self.members)
+
     # ------------------------------------------------------------ what it learns
+
+    def hears(self, instance: int, start: int, number: int, base: int) -> bool:
+        """Is this message of an instance one to heed? Not twice, and not of a start that is not its member's."""
+        return self.members.get(instance) == start and self.inboxes[instance].hear(number, base)
 
     def responded(self, now_ns: int, instance: int, content: Content, tokens: int) -> None:
         """A response says that an instance has computed these tokens: presumably they are cached there."""
@@ -100,16 +114,15 @@ class GlobalScheduler:
     # ------------------------------------------------------------ decisions
 
     def route(self, now_ns: int, request_id: int, content: Content, tokens: int, session: int) -> Decision | None:
-        """Where to prefill and decode; None while no member can."""
-        able = self.able("prefill", "both")
+        """Where to prefill and decode, in one place where a role has died out; None while there is no member."""
+        able = self.prefillers()
         if not able:
             return None
         self._now = now_ns
         able = self._guard(able)
         prefill, fetch = self._rules[self.options.policy](content, tokens, session, able)
-        decode = prefill if self.roles[prefill] == "both" else self.pick_decode(now_ns, content, tokens)
-        if decode < 0:
-            return None
+        decode = self.pick_decode(now_ns, content, tokens) if self.roles[prefill] == "prefill" else prefill
+        decode = prefill if decode < 0 else decode
         cached = self.matched(now_ns, prefill, content, tokens)
         if fetch < 0 and self.options.fetch and self.options.policy in ("prompt_tree_longest", "prompt_tree_cost"):
             fetch = self._fetch(content, tokens, prefill, cached)
@@ -119,7 +132,7 @@ class GlobalScheduler:
         return Decision(prefill, decode, fetch, cached)
 
     def pick_decode(self, now_ns: int, content: Content, tokens: int) -> int:
-        """Ours (the paper leaves it open): the longest match among those whose load is near the least."""
+        """Ours (the paper leaves it open): the longest match among those whose load is near the least. -1: none."""
         able = self.able("decode")
         if not able:
             return -1
@@ -132,7 +145,7 @@ class GlobalScheduler:
         return sum(self.queue[instance].values())
 
     def _outstanding(self, instance: int) -> int:
-        return len(self.queue[instance]) + (len(self.decodes[instance]) if self.roles[instance] == "both" else 0)
+        return len(self.queue[instance]) + len(self.decodes[instance])
 
     def _ties(self, instance: int) -> tuple[int, int]:
         return self._outstanding(instance), self.dispatched.get(instance, 0)
@@ -152,7 +165,7 @@ class GlobalScheduler:
     def _fetch(self, content: Content, tokens: int, prefill: int, cached: int) -> int:
         """Eq. 2: bring the longer prefix of another instance if that is faster than computing it."""
         best, gain = -1, 0
-        for other, match in self._matches(content, tokens, self.able("prefill", "both")).items():
+        for other, match in self._matches(content, tokens, self.prefillers()).items():
             if other == prefill or match <= cached:
                 continue
             saved = self.planner.exec_ns(tokens, cached) - self.planner.exec_ns(tokens, match)

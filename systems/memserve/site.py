@@ -9,6 +9,7 @@ from typing import NamedTuple
 from common.policy import Gauge
 from common.sched.lane import EngineConfig
 from common.types import Command, InstanceInfo, Tier
+from systems.memserve.channel import Outbox
 from systems.memserve.config import DESIGNS, Options
 from systems.memserve.job import Job
 from systems.memserve.lane import PoolLane
@@ -39,9 +40,9 @@ class Pending(NamedTuple):
 
 
 class Site:
-    """See above. `caches`: does this role of the design insert and match?"""
+    """See above. `caches`: does this role of the design insert and match? `start`: how often it was started before."""
 
-    def __init__(self, info: InstanceInfo, role: str, num_blocks: int, lane_id: int, engine: EngineConfig,
+    def __init__(self, info: InstanceInfo, role: str, num_blocks: int, lane_id: int, start: int, engine: EngineConfig,
                  options: Options, ids: Callable[[], int]) -> None:  # fmt: skip
         design = DESIGNS[options.design]
         self.instance = info.instance
@@ -49,6 +50,8 @@ class Site:
         self.caches = design.decode_caches if role == "decode" else design.prefill_caches
         self.pool = MemPool(info, num_blocks, engine.block_size, ids, options.eviction)
         self.lane = PoolLane(lane_id, self.pool, engine, self.caches)
+        self.start = start
+        self.outbox = Outbox(info.instance, start, keep=options.heartbeat_s > 0)
         self.homed: dict[int, Job] = {}  # whose KV is here, or who waits for it to be
         self.pending: deque[Job] = deque()  # prefilled elsewhere, waiting for room here
         self._swaps = options.swap and self.caches and role != "decode" and self.pool.total[Tier.DRAM] > 0

@@ -76,7 +76,12 @@ def test_a_worker_dies_at_a_random_moment(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", [name for name, story in STORIES.items() if story.instances > 2])
 def test_two_workers_die(name: str, seed: int) -> None:
     rng = random.Random(f"two of {name} {seed}")
-    # Of memserve one for prompts and one for replies: without any of a kind its requests wait until the run is stopped.
-    instances = [rng.choice((0, 2)), rng.choice((1, 3))] if name == "memserve" else rng.sample(
-        range(STORIES[name].instances), 2)  # fmt: skip
+    instances = rng.sample(range(STORIES[name].instances), 2)
     survive(name, dict(zip(rng.sample(range(1, ORDERS[name]), 2), instances)))
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="make nightly")
+@pytest.mark.parametrize("victims", [(0, 2), (1, 3)], ids=["prefill", "decode"])
+def test_a_role_of_memserve_dies_out(victims: tuple[int, int]) -> None:
+    """The others take its requests on."""
+    survive("memserve", dict(zip((300, 500), victims)))

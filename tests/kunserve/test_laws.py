@@ -68,6 +68,15 @@ def test_the_exchange_moves_each_band_once_and_pays_its_bytes():
     assert all(c.piece_bytes for c in sent)
 
 
+def test_where_no_slices_make_a_pipeline_the_timeline_says_once_that_lanes_preempt(monkeypatch):
+    monkeypatch.setattr("systems.kunserve.drop.merge_slices", lambda first, second: None)
+    run = Run(overflowing()).drive()
+    notes = [text for *_, kind, text in run.record.marks if kind == "fallback"]
+    assert run.kinds() == ["fallback"] and "preemption by recompute" in notes[0]
+    assert sum(run.record.requests.num_preemptions)
+    assert list(run.record.requests.status) == [RequestStatus.FINISHED] * 28
+
+
 @pytest.mark.parametrize("exchange", ["coordinated", "uncoordinated", "recompute"])
 @pytest.mark.parametrize("lookahead", ["on", "token_count"])
 def test_every_switch_drops_and_restores(exchange, lookahead):

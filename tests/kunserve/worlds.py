@@ -229,9 +229,12 @@ class Run:
 
     def ended(self) -> None:
         columns = self.record.requests
-        for index, (_, _, output) in enumerate(self.burst.requests):
+        for index, (_, prompt, output) in enumerate(self.burst.requests):
             status = columns.status[index]
             assert status in (RequestStatus.FINISHED, RequestStatus.REJECTED), f"request {index} never ended"
+            if status == RequestStatus.REJECTED:
+                tokens, room = prompt + output, self.burst.blocks * self.burst.block_size
+                assert tokens > room, f"request {index} was refused, but any instance alone holds its {tokens} tokens"
             if status == RequestStatus.FINISHED:
                 assert columns.output_tokens[index] == output
                 assert columns.arrival_ns[index] < columns.first_token_ns[index] <= columns.finish_ns[index]

@@ -127,9 +127,26 @@ class Judge:
             assert memory.host_used == cells * (pool.total[Tier.DRAM] - pool.free[Tier.DRAM]), "host blocks"
             assert memory.host_cached == cells * pool.tree.cached[Tier.DRAM], "cached host blocks"
 
+        self._load()
         for pending, move in self.policy.moves.copies.values():
             if not move.dst.dead and self.policy.sites[move.dst.instance].pool is move.dst:
                 self._readable(move.dst, pending.job, move.lease)
+
+    def _load(self) -> None:
+        """A request that has ended is in the scheduler's load only while its end is still being told, or who should
+        tell it is dead and that is not known yet."""
+        gs, sites = self.policy.gs, self.policy.sites
+        if not self.policy.options.heartbeat_s or self.executor.state.ready:
+            return
+        status = self.executor.record.requests.status
+        for instance in gs.members:
+            for request_id in (*gs.queue[instance], *gs.decodes[instance]):
+                if status[request_id] in (RequestStatus.FINISHED, RequestStatus.REJECTED):
+                    told = any(message[1] == request_id for site in sites.values() if not site.pool.dead
+                               for _, message in site.outbox._kept.values())  # fmt: skip
+                    homes = {instance, self.policy.flows[request_id].prefill_at}
+                    unknown = any(sites[home].pool.dead and home in gs.members for home in homes)
+                    assert told or unknown, f"request {request_id} has ended and weighs on {instance}"
 
     @staticmethod
     def _readable(pool: MemPool, job: Job, lease: Lease | None) -> None:
@@ -181,7 +198,7 @@ def finish(policy: MemServePolicy, executor: SimExecutor) -> None:
             assert not pool.tree.num_leases and not pool.tree.cached[None], "a lease or a swap is left"
             assert not any(pool.active.values()) and not any(pool.moving.values()), "blocks are left"
             assert not site.homed and not site.pending and not site.lane.waiting
-    assert not policy.moves.copies and not len(policy.limbo)
+    assert not policy.moves.copies and not len(policy.desk.limbo)
 
 
 @st.composite
@@ -212,7 +229,8 @@ def scenarios(draw, losses=False, designs=tuple(DESIGNS), max_turns=12, pressure
         swap_low=draw(st.sampled_from((0.1, 0.5))), swap_high=draw(st.sampled_from((0.6, 0.9))),
         local_ttl_s=draw(st.sampled_from((None, None, 0.002))), eviction=draw(st.sampled_from(EVICTIONS)),
         tree_ttl_s=draw(st.sampled_from((0.001, 10.0, 10.0) if pressure else (0.001, 10.0))),
-        heartbeat_s=0.0005, timeout_s=0.0015, restart=losses, planner=PLANNER, ordered=len(turns) % 2 == 0,
+        heartbeat_s=0.0005, timeout_s=0.0015, planner=PLANNER, ordered=len(turns) % 2 == 0,
+        restart=losses and draw(st.sampled_from((True, True, False))),
     )  # fmt: skip
     longest = _longest(turns, document)
     blocks = longest + draw(st.sampled_from((1, 2, 3) if pressure else (1, 2, 4, 10, 60)))

@@ -24,18 +24,62 @@ def ladder(design, **more):
     return [policy.flows[index] for index in range(len(TURNS))]
 
 
-def test_basic_and_caching_1_send_everything_each_turn():
-    for design in ("pd_basic", "pd_caching_1"):
-        sent = [flow.sent_tokens for flow in ladder(design)]
-        assert sent == [flow.prompt for flow in ladder(design)]
+BLOCK, REPLY, USER = 16, 17, 20
+BYTES = 4 * 4096 // BLOCK  # of a token: 4 layers
+PROMPTS = [48 + USER + turn * (REPLY + USER) for turn in range(len(TURNS))]
 
 
-def test_caching_2_sends_increments_and_caching_3_lets_p_hit_the_replies():
-    one, two, three = (ladder(f"pd_caching_{number}") for number in (1, 2, 3))
-    assert all(flow.sent_tokens <= 20 + 32 for flow in two[1:]) and all(flow.back_tokens == 0 for flow in two)
-    assert [flow.hit for flow in one] == [flow.hit for flow in two]
-    assert all(more.hit > flow.hit for more, flow in zip(three[1:], two[1:]))
-    assert all(flow.back_tokens > 0 for flow in three)
+def whole(tokens):
+    """Tokens in full blocks."""
+    return tokens - tokens % BLOCK
+
+
+def at_p(flows):
+    """By turn: prompt tokens that P read from its cache, and that it computed."""
+    return [flow.hit for flow in flows], [flow.prompt - flow.hit for flow in flows]
+
+
+def test_basic_computes_and_sends_everything_each_turn():
+    flows = ladder("pd_basic")
+    assert at_p(flows) == ([0] * len(TURNS), PROMPTS)
+    assert [flow.sent_tokens for flow in flows] == PROMPTS
+    assert not any(flow.back_bytes for flow in flows)
+
+
+def test_caching_1_hits_the_last_prompt_and_still_sends_everything():
+    """P -> D bytes grow with the turns. P computes the last reply, of which it has no KV, and the new text."""
+    flows = ladder("pd_caching_1")
+    hits, computed = at_p(flows)
+    assert hits == [0, *(whole(prompt) for prompt in PROMPTS[:-1])]
+    assert all(REPLY + USER <= tokens < REPLY + USER + BLOCK for tokens in computed[1:]), "flat, but for a part block"
+    sent = [flow.sent_bytes for flow in flows]
+    assert sent == [prompt * BYTES for prompt in PROMPTS] and sent == sorted(set(sent))
+    assert not any(flow.back_bytes for flow in flows)
+
+
+def test_caching_2_sends_the_increment_and_gains_nothing_at_p():
+    """D keeps prompt and reply, so only what is new to it goes there. At P nothing changes against Caching-1: the hits
+    of every turn are the same (flat from design to design), and so is what is computed (flat over the turns)."""
+    one, two = ladder("pd_caching_1"), ladder("pd_caching_2")
+    assert at_p(two) == at_p(one)
+    kept = [0, *(whole(prompt + REPLY - 1) for prompt in PROMPTS[:-1])]  # the last token's KV is never made
+    assert [flow.sent_tokens for flow in two] == [prompt - have for prompt, have in zip(PROMPTS, kept)]
+    assert all(flow.sent_bytes == flow.sent_tokens * BYTES for flow in two)
+    assert all(flow.sent_bytes <= (USER + 2 * BLOCK) * BYTES for flow in two[1:]), "increments, whatever the turn"
+    assert not any(flow.back_bytes for flow in two)
+
+
+def test_caching_3_brings_the_replies_back_so_p_computes_the_increment():
+    """P's hits grow by a whole turn a turn, reply included; what it computes falls to the new text; D -> P carries
+    the replies."""
+    two, three = ladder("pd_caching_2"), ladder("pd_caching_3")
+    hits, computed = at_p(three)
+    assert hits == [0, *(whole(prompt + REPLY - 1) for prompt in PROMPTS[:-1])]
+    assert all(USER < tokens <= USER + BLOCK for tokens in computed[1:])
+    assert all(more - less >= REPLY - BLOCK for more, less in zip(hits[1:], at_p(two)[0][1:]))
+    assert sum(hits) > sum(at_p(two)[0]) and sum(computed) < sum(at_p(two)[1])
+    assert [flow.sent_tokens for flow in three] == [flow.sent_tokens for flow in two]
+    assert all(0 < flow.back_tokens <= whole(REPLY + BLOCK) and flow.back_bytes for flow in three)
 
 
 @pytest.mark.parametrize("mode", ["by_layer", "by_request", "by_request_agg"])
@@ -106,7 +150,7 @@ def test_kill_is_detected_and_requests_go_on_elsewhere():
     for victim in range(4):
         policy, executor = run(replace(base, losses=((8, victim),)))
         assert all(status == RequestStatus.FINISHED for status in executor.record.requests.status)
-        assert policy.cm.declared == 1
+        assert policy.members.cm.declared == 1
 
 
 def test_options_are_checked():

@@ -36,7 +36,8 @@ def judged(scenario: Scenario) -> Counter[str]:
                 store.check()
             assert live.stores[Tier.HBM].used == executor.state.memory[instance].used
             assert live.stores[Tier.DRAM].used == executor.state.memory[instance].host_used
-        return census(scenario, policy) + Counter(draws=1, tokens=check_replies(executor))
+        makeshift = sum(kind == "makeshift" for _, _, kind, _ in record.marks)
+        return census(scenario, policy) + Counter(draws=1, tokens=check_replies(executor), makeshift=makeshift)
     finally:
         engine.close()
 
@@ -50,7 +51,7 @@ def census(scenario: Scenario, policy: MemServePolicy) -> Counter[str]:
     seen["hits"] = sum(flow.hit for flow in flows)
     seen["false hits"] = sum(max(0, flow.expected - flow.hit) for flow in flows)
     seen["preemptions"] = sum(site.lane.num_preemptions for site in policy.sites.values())
-    seen["deaths"] = policy.cm.declared
+    seen["deaths"] = policy.members.cm.declared
     return seen
 
 
@@ -67,7 +68,7 @@ def test_tokens_are_those_of_an_uncached_instance(design):
     print(design, dict(sorted(seen.items())))  # with `pytest -s`
     wanted = ["tokens", "evicted", "hits", "swapped_out", "swapped_in"] if caches(design) else ["tokens"]
     wanted += ["deaths"]
-    wanted += [f"sent {mode}" for mode in MODES] if DESIGNS[design].split else []
+    wanted += ["makeshift", *(f"sent {mode}" for mode in MODES)] if DESIGNS[design].split else []
     wanted += ["sent back"] if DESIGNS[design].back else []
     missing = [key for key in wanted if not seen[key]]
     assert not missing, f"no draw of {design} had: {', '.join(missing)}"

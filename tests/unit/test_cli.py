@@ -61,6 +61,7 @@ def call(tmp_path: Path, *arguments: str) -> int:
         (["cluster.message_faults={loss:2}"], ["cluster.message_faults.loss"]),
         (["cluster.message_faults=0.1"], ["cluster.message_faults"]),
         (["cluster.control_ms=inf"], ["cluster.control_ms"]),
+        (["cluster.remap_ms=-1"], ["cluster.remap_ms"]),
         (["cluster.host_memory_gb=-1"], ["cluster.host_memory_gb"]),
         (["cluster.num_instances=1000000000"], ["cluster.num_instances"]),
         (["cluster.models=[llama2-7b]"], ["cluster.models", "two or more"]),

@@ -174,6 +174,35 @@ def test_by_layer_under_prefill(dst, expected, leap):
     assert end - start == expected
 
 
+@pytest.mark.parametrize("leap", [None, 1])
+@pytest.mark.parametrize("calls", [4, 8, 40, 400])
+def test_the_calls_of_a_by_layer_copy_are_made_one_after_another(calls, leap):
+    """A layer's calls begin when it is computed and those before are made: hidden behind the prefill as far as they go,
+    and never faster than all of them."""
+    start, end = play(by_layer(1, by_layer=True, num_calls=calls), [100], [3], leap).times
+    prefill = prefill_ns(100)
+    made = max(prefill + (calls // 4 - 1) * 10_000, prefill // 4 + (calls - 1) * 10_000)
+    assert end - start == made + 5_000 + 100 * 256
+
+
+@pytest.mark.parametrize("leap", [None, 1])
+def test_calls_of_a_by_layer_copy_over_chunks_add_up(leap):
+    """Two chunks of 64 and 32 tokens: 200 and 100 calls, the second's after the first's."""
+
+    def story(s):
+        yield s.arrived(0)
+        s.change(0, stages=(Stage(0, ALL),), add=(Entry(0, 0, 96, leave=True),), token_budget=64)
+        copied = s.ask(CopySpan, 0, 0, 1, ALL, (0, 96), after=s.step(0), by_layer=True, num_calls=300)
+        s.clock()
+        yield copied
+        s.clock()
+        yield from finish(s, 0)
+
+    start, end = play(story, [96], [3], leap).times
+    first = prefill_ns(64, logits=0) // 4
+    assert end - start == first + (200 - 1 + 100) * 10_000 + 5_000 + 32 * 256
+
+
 def test_after_a_step():
     start, end = play(by_layer(1), [100], [3]).times
     assert end - start == prefill_ns(100) + 5_000 + 100 * 4 * 256
