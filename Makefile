@@ -18,7 +18,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.stamp-engine: pyproject.toml constraints.txt
-	$(INSTALL) '.[dev,engine]'
+	$(INSTALL) '.[dev,engine,exact]'
 	touch $@ $(VENV)/.stamp
 
 run: $(NEEDS)

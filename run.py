@@ -223,7 +223,7 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
         "hardware": config.hardware.name,
         "hardware_derived_from": config.hardware.derived_from,
         "num_instances": config.cluster.num_instances,
-        "tp": config.cluster.tp,
+        "tp": list(config.cluster.tps) or config.cluster.tp,
         "runtime": config.runtime.name,
         **({"engine": engine} if engine else {}),
         "seed": config.seed,

@@ -81,11 +81,18 @@ def write_profile(
         values[f"{medium}_latency_ns"], values[f"{medium}_bandwidth"] = latency, bandwidth
     values["host_ns"] = int((values.get("host_ns") or 0) + order_us * 1e3)
     values.update(name=name, provenance=f"{values.get('provenance', '')}; links: python -m bench.comm")
-    path = base.with_name(f"{name}.yaml")
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
-    grid = base.with_suffix(".npz")
+    return beside(base, values)
+
+
+def beside(base: Path, values: dict[str, Any]) -> Path:
+    """A hardware file of this `name` beside another, with a copy of that one's grid: a profile is found by its name."""
+    import yaml
+
+    path, grid = base.with_name(f"{values['name']}.yaml"), base.with_suffix(".npz")
     if grid.is_file():
         path.with_suffix(".npz").write_bytes(grid.read_bytes())
+        values["grid"] = values["name"]
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
     return path
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.comm.copies import Copies, cut_tokens, put_tokens
+from common.comm.copies import Copies
 from common.comm.join import join_groups, store_of
 from common.comm.peers import Peers
+from common.engine.relayout import cut_tokens, put_tokens
 
 SIZES = tuple(1 << power for power in range(6, 25, 2))  # 64 B to 16 MiB
 PIECE = 1 << 18

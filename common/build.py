@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import accumulate
 from typing import cast
 
 from common.config import RunConfig
@@ -26,7 +27,9 @@ def cluster_model(config: RunConfig) -> ClusterModel:
     whole = config.system_options.get("span") == "cluster"
     config = spanning(config) if whole else config
     model, hardware, tp = config.model, config.hardware, config.cluster.tp
-    engine = config.engine
+    tps, engine = config.cluster.tps, config.engine
+    if tps:
+        return _of_unlike_instances(config, tps)
     blocks = config.kv_blocks
     if config.system_options.get("kv") == "unlimited":
         blocks = unlimited_blocks(config)
@@ -50,6 +53,7 @@ def cluster_model(config: RunConfig) -> ClusterModel:
             node=index // (config.cluster.gpus_per_node // tp),
             running=index < config.cluster.num_running,
             host_cells=host_bytes // cell_bytes,
+            tp=tp,
         )
         for index in range(config.cluster.num_instances)
     )
@@ -83,6 +87,26 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         overlap=config.system_options.get("overlap") is not False,
         extra=_estimates(config),
     )
+
+
+def _of_unlike_instances(config: RunConfig, tps: tuple[int, ...]) -> ClusterModel:
+    """Instances of different TP. Links are a GPU's; an instance has as many of them as it has GPUs."""
+    alike = {tp: cluster_model(replace(config, cluster=replace(config.cluster, tp=tp, tps=()))) for tp in tps}
+    per_node = config.cluster.gpus_per_node
+    infos = []
+    for index, (tp, end) in enumerate(zip(tps, accumulate(tps))):
+        if (end - tp) // per_node != (end - 1) // per_node:
+            raise ConfigError(f"cluster.tp={list(tps)}: instance {index} would lie on two nodes of {per_node} GPUs "
+                              "(cluster.gpus_per_node)")  # fmt: skip
+        infos.append(alike[tp].instances[index]._replace(node=(end - 1) // per_node))
+    first = alike[tps[0]]
+
+    def one(link: LinkSpec) -> LinkSpec:
+        return LinkSpec(link.bandwidth / tps[0], link.latency_ns)
+
+    return replace(first, instances=tuple(infos), tps=tps, costs={tp: each.cost for tp, each in alike.items()},
+                   nvlink=one(first.nvlink), nic=one(first.nic), pcie=one(first.pcie),
+                   startup_ns=max(each.startup_ns for each in alike.values()))  # fmt: skip
 
 
 def each_model(config: RunConfig) -> list[RunConfig]:

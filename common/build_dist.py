@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from common.build_local import choose_device, decoder_spec, local_cluster
+from common.build_local import choose_device, decoder_spec, instance_tps, local_cluster
 from common.comm.hub import Hub, Timeouts
 from common.comm.join import under_torchrun
+from common.comm.ray_launch import RayLauncher, ray_module
 from common.comm.world import RemoteWorld
 from common.config import RunConfig
 from common.engine.sampler import SamplingParams
@@ -26,8 +27,11 @@ def check(config: RunConfig) -> None:
     if config.models:
         raise ConfigError(f"cluster.models={list(config.cluster.models)}: runtime=dist has one model; use sim or local")
     if runtime.launcher == "ray":
-        raise ConfigError("runtime.launcher=ray: the launcher by Ray is not built; use torchrun (docs/distributed.md), "
-                          "or runtime.launcher=auto on one machine")  # fmt: skip
+        ray_module()
+        if under_torchrun():
+            raise ConfigError("runtime.launcher=ray under torchrun: choose one of the two")
+    elif runtime.ray_address is not None:
+        raise ConfigError(f"runtime.ray_address={runtime.ray_address}: for runtime.launcher=ray")
     if runtime.graphs == "on":
         raise ConfigError("runtime.graphs=on: runtime=dist runs eagerly; use runtime.graphs=off")
     if config.system_options.get("cpu_share"):
@@ -45,18 +49,24 @@ def dist_executor(
     torch.set_num_threads(runtime.threads)
     spec = decoder_spec(config, choice.dtype)
     cluster = local_cluster(config, spec)
-    num = len(cluster.instances)
+    tps = instance_tps(config)
+    num = sum(tps)
     devices = ["cpu"] * num
-    if choice.device.type == "cuda":  # workers of one machine, in order; more machines: set CUDA_VISIBLE_DEVICES there
+    ray, cuda = runtime.launcher == "ray", choice.device.type == "cuda"
+    if ray and cuda:
+        devices = ["cuda:0"] * num  # Ray shows each actor its own
+    elif cuda:  # workers of one machine, in order; more machines: set CUDA_VISIBLE_DEVICES there
         if under_torchrun() and int(os.environ.get("LOCAL_WORLD_SIZE", num + 1)) != num + 1:
             raise ConfigError("runtime.device=cuda over several machines is not built yet; use runtime.device=cpu")
         if torch.cuda.device_count() < num:
-            raise ConfigError(f"runtime=dist: {num} instances need a GPU each, {torch.cuda.device_count()} are visible")
+            raise ConfigError(f"runtime=dist: {num} ranks need a GPU each, {torch.cuda.device_count()} are visible")
         devices = [f"cuda:{index}" for index in range(num)]
     timeouts = Timeouts(runtime.start_timeout_s, runtime.reply_timeout_s, runtime.transfer_timeout_s,
                         runtime.heartbeat_timeout_s)  # fmt: skip
     own = hub is None
-    hub = hub or Hub(num, timeouts, runtime.backend, runtime.piece_kb << 10)
+    if hub is None:
+        launcher = RayLauncher(runtime.ray_address, num, cuda, timeouts.start_s) if ray else None
+        hub = Hub(num, timeouts, runtime.backend, runtime.piece_kb << 10, tps, launcher)
     try:
         world = RemoteWorld(
             hub, cluster.instances, spec, config.engine.block_size, devices=devices,

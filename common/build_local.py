@@ -16,6 +16,7 @@ from common.engine.instance import cell_bytes
 from common.engine.layout import LayerLayout
 from common.engine.manyworlds import ManyWorlds
 from common.engine.sampler import SamplingParams
+from common.engine.shard import rank_spec
 from common.engine.spec import DecoderSpec, check_device, dtype_named, from_hf, from_model_spec
 from common.engine.weights import MemorySource, ParameterSource, RandomSource
 from common.engine.world import EngineWorld
@@ -84,17 +85,25 @@ def parameter_source(config: RunConfig, spec: DecoderSpec) -> ParameterSource:
 
 
 def local_cluster(config: RunConfig, spec: DecoderSpec) -> ClusterModel:
-    """The cluster with the sizes of real tensors. Links, and the modelled clock's costs, are the hardware's."""
-    if config.cluster.tp != 1:
-        raise ConfigError(f"cluster.tp={config.cluster.tp}: runtime=local runs each instance on one device; use 1")
+    """The cluster with the sizes of real tensors: an instance's bytes are the sum of its ranks'. Links, and the
+    modelled clock's costs, are the hardware's."""
     bytes_each = spec.dtype.itemsize
     costs = cluster_model(replace(config, model=replace(config.model, dtype_bytes=config.hardware.dtype_bytes)))
     sized = cluster_model(replace(config, model=replace(config.model, dtype_bytes=bytes_each)))
-    cell = cell_bytes(spec, config.engine.block_size, spec.dtype)
-    layer = LayerLayout(spec, spec.dtype).num_bytes
-    infos = tuple(info._replace(cell_bytes=cell, layer_param_bytes=layer) for info in sized.instances)
-    measured = config.runtime.clock == "measured"
-    return replace(sized, instances=infos, cost=(lambda *shape: NoCost()) if measured else costs.cost)
+    ranks = {tp: rank_spec(spec, tp) for tp in instance_tps(config)}
+    cell = {tp: tp * cell_bytes(rank, config.engine.block_size, spec.dtype) for tp, rank in ranks.items()}
+    layer = {tp: tp * LayerLayout(rank, spec.dtype).num_bytes for tp, rank in ranks.items()}
+    infos = tuple(info._replace(cell_bytes=cell[tp], layer_param_bytes=layer[tp])
+                  for info, tp in zip(sized.instances, instance_tps(config)))  # fmt: skip
+    if config.runtime.clock == "measured":
+        free = dict.fromkeys(costs.costs, lambda *shape: NoCost())
+        return replace(sized, instances=infos, cost=lambda *shape: NoCost(), costs=free)
+    return replace(sized, instances=infos, cost=costs.cost, costs=costs.costs)
+
+
+def instance_tps(config: RunConfig) -> tuple[int, ...]:
+    """The TP of each instance."""
+    return config.cluster.tps or (config.cluster.tp,) * config.cluster.num_instances
 
 
 def check_memory(cluster: ClusterModel, spec: DecoderSpec, device: torch.device) -> None:

@@ -46,6 +46,7 @@ class RunOptions:
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
     """Instances of `tp` GPUs, the first `num_running` of which run from the start; a node has `gpus_per_node` GPUs.
+    `tps`: GPUs of each instance where they differ (`tp` is then the most); (): all alike.
     `lost`: (seconds, instance). `lost_agents`: (seconds, name, seconds until it is back). `message_faults`: (mean extra
     delay in ms, share lost, share doubled). `models`: names in conf/model that share the GPUs, in place of `model`.
     `remap_ms`: what a drop or a load of layers pays for remapping pages, however many layers."""
@@ -62,6 +63,12 @@ class ClusterConfig:
     host_memory_gb: float | None
     models: tuple[str, ...] = ()
     remap_ms: float = 5.0
+    tps: tuple[int, ...] = ()
+
+    @property
+    def num_gpus(self) -> int:
+        """Of all instances."""
+        return sum(self.tps) if self.tps else self.num_instances * self.tp
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +247,7 @@ def _cluster(tree: dict[str, Any]) -> ClusterConfig:
     running = instances if tree["num_running"] is None else _integer("cluster.num_running", tree["num_running"], 0)
     if running > instances:
         raise ConfigError(f"cluster.num_running={running} exceeds cluster.num_instances={instances}")
-    tp = _integer("cluster.tp", tree["tp"], 1)
+    tp, tps = _tp(tree["tp"], instances)
     per_node = _integer("cluster.gpus_per_node", tree["gpus_per_node"], 1)
     if tp > per_node:
         raise ConfigError(f"cluster.tp={tp} exceeds cluster.gpus_per_node={per_node}: an instance spans one node")
@@ -252,8 +259,20 @@ def _cluster(tree: dict[str, Any]) -> ClusterConfig:
     models = tree["models"]
     if not isinstance(models, list) or not all(isinstance(name, str) for name in models):
         raise ConfigError(f"cluster.models={models!r}: give a list of names in conf/model, or []")
+    if tps and models:
+        raise ConfigError(f"cluster.tp={list(tps)} with cluster.models: instances of several models have one tp")
     return ClusterConfig(instances, running, tp, per_node, lost, agents, messages, control, frontend, host,
-                         tuple(models), _number("cluster.remap_ms", tree["remap_ms"]))  # fmt: skip
+                         tuple(models), _number("cluster.remap_ms", tree["remap_ms"]), tps)  # fmt: skip
+
+
+def _tp(value: object, instances: int) -> tuple[int, tuple[int, ...]]:
+    """A number for all instances, or a list of one for each: the most, and each where they differ."""
+    if not isinstance(value, list):
+        return _integer("cluster.tp", value, 1), ()
+    if len(value) != instances:
+        raise ConfigError(f"cluster.tp={value!r}: give a number, or one for each of the {instances} instances")
+    each = tuple(_integer("cluster.tp", one, 1) for one in value)
+    return max(each), each if len(set(each)) > 1 else ()
 
 
 def _models(names: Sequence[str], hf_config: object) -> tuple[ModelSpec, ...]:

@@ -102,8 +102,8 @@ def as_numpy(column: array[int]) -> Ints:
     return np.frombuffer(column, dtype=np.int64) if len(column) else np.empty(0, np.int64)
 
 
-def summarize(record: RunRecord, slo: Slo, num_gpus_per_instance: int = 1) -> Summary:
-    """Every metric of a run, None where there is nothing to measure.
+def summarize(record: RunRecord, slo: Slo, num_gpus_per_instance: int | tuple[int, ...] = 1) -> Summary:
+    """Every metric of a run, None where there is nothing to measure. GPUs: of all instances alike, or of each.
 
     Raises ContractError when a request breaks causality or the run Little's law.
     """
@@ -316,20 +316,23 @@ def _timeline(timeline: TimelineColumns, end_ns: int) -> Summary:
 
 
 def _gpus(
-    up_intervals: Mapping[int, list[tuple[int, int]]], end_ns: int, window: tuple[int, int], per_instance: int
-) -> Summary:
+    up_intervals: Mapping[int, list[tuple[int, int]]], end_ns: int, window: tuple[int, int],
+    per_instance: int | tuple[int, ...],
+) -> Summary:  # fmt: skip
     """GPU-seconds of instances being up; mean over the window, and peak of the number of GPUs."""
-    spans = [span for instance in sorted(up_intervals) for span in up_intervals[instance]]
+    spans = [(*span, per_instance if isinstance(per_instance, int) else per_instance[instance])
+             for instance in sorted(up_intervals) for span in up_intervals[instance]]  # fmt: skip
     if not spans:
         return {"gpu_seconds": None, "mean_num_gpus": None, "peak_num_gpus": None}
-    begin, end = np.array(spans, np.int64).T
+    begin, end, gpus = np.array(spans, np.int64).T
     end = np.where(end < begin, max(end_ns, window[1]), end)  # still up
     clipped = np.maximum(np.minimum(end, window[1]) - np.maximum(begin, window[0]), 0)
     width_ns = window[1] - window[0]
+    copies = np.repeat(np.arange(len(gpus)), gpus)  # an interval for each GPU
     return {
-        "gpu_seconds": float((end - begin).sum()) / 1e9 * per_instance,
-        "mean_num_gpus": float(clipped.sum()) / width_ns * per_instance if width_ns else None,
-        "peak_num_gpus": int(num_up(begin, end, begin).max()) * per_instance,
+        "gpu_seconds": float(((end - begin) * gpus).sum()) / 1e9,
+        "mean_num_gpus": float((clipped * gpus).sum()) / width_ns if width_ns else None,
+        "peak_num_gpus": int(num_up(begin[copies], end[copies], begin).max()),
     }
 
 

@@ -18,12 +18,12 @@ CHOICES = {
     "launcher": ("auto", "ray"),
 }
 SECONDS = ("start_timeout_s", "reply_timeout_s", "transfer_timeout_s", "heartbeat_timeout_s")
-DIST_ONLY = {"backend", "launcher", "piece_kb", *SECONDS}
+DIST_ONLY = {"backend", "launcher", "ray_address", "piece_kb", *SECONDS}
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
-    """`sim` has a name only; the other keys are those of conf/runtime/local.yaml, the last seven of dist.yaml alone."""
+    """`sim` has a name only; the other keys are those of conf/runtime/local.yaml, the last eight of dist.yaml alone."""
 
     name: str
     device: str = "auto"
@@ -37,6 +37,7 @@ class RuntimeConfig:
     check: bool = False
     backend: str = "gloo"
     launcher: str = "auto"
+    ray_address: str | None = None
     start_timeout_s: float = 120.0
     reply_timeout_s: float = 120.0
     transfer_timeout_s: float = 120.0

@@ -22,6 +22,8 @@ def spanning(config: RunConfig) -> RunConfig:
     name = f"system={config.system}"
     if config.runtime.name != "sim":
         raise ConfigError(f"{name} runs in runtime=sim only")
+    if cluster.tps:
+        raise ConfigError(f"{name}: cluster.tp={list(cluster.tps)}: its GPUs are one instance; give one number")
     if gpus % tp:
         raise ConfigError(f"{name}: {gpus} GPUs are not a whole number of nodes of {tp}")
     if nodes > model.num_layers:
@@ -46,7 +48,10 @@ def stage_cells(config: RunConfig, index: int) -> int:
     return blocks * (high - low)
 
 
-def gpus_per_instance(config: RunConfig) -> int:
-    """GPUs that one instance of the cluster model stands for: a whole node's where the cluster is one instance."""
+def gpus_per_instance(config: RunConfig) -> int | tuple[int, ...]:
+    """GPUs that one instance of the cluster model stands for: a whole node's where the cluster is one instance; of
+    each instance where they differ."""
+    if config.cluster.tps:
+        return config.cluster.tps
     whole = config.system_options.get("span") == "cluster"
     return (spanning(config) if whole else config).cluster.tp

@@ -445,6 +445,7 @@ class InstanceInfo(NamedTuple):
     host_cells: int = 0
     gpu: int = -1
     model: int = 0
+    tp: int = 1  # GPUs of it; bytes are of all of them
 
 
 class ClusterInfo(NamedTuple):

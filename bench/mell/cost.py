@@ -6,9 +6,11 @@ import argparse
 import json
 import random
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from bench.mell.gpus import measured_at
 from systems.mell.groups import Groups
 
 CAPACITY = 1264  # blocks: Llama-2-13B on 40 GB
@@ -35,7 +37,8 @@ def measure(num_gpus: int, requests_per_gpu: int, mixed: bool, seed: int) -> dic
     rng = random.Random(seed)
     groups = fill(rng, num_gpus, requests_per_gpu, mixed)
     live = list(groups.sizes)
-    next_id, moves, group_moves = len(live), 0, 0
+    next_id, moves, most = len(live), 0, 0
+    by_operation: Counter[int] = Counter()  # group moves -> operations
     worst = spent = 0
     for step in range(OPERATIONS):
         at = rng.randrange(len(live))
@@ -57,14 +60,17 @@ def measure(num_gpus: int, requests_per_gpu: int, mixed: bool, seed: int) -> dic
             live[at] = live[-1]
             live.pop()
         moves += len(made)
-        group_moves += groups.packing.group_moves
+        most = max(most, len(made))
+        by_operation[groups.packing.group_moves] += 1
     return {
         "gpus": len(groups.bins),
         "requests": len(live),
         "mix": "all classes" if mixed else "small",
         "mean_us": spent / OPERATIONS / 1e3,
         "worst_us": worst / 1e3,
-        "group_moves_per_op": group_moves / OPERATIONS,
+        "group_moves_per_op": sum(many * times for many, times in by_operation.items()) / OPERATIONS,
+        "most_request_moves": most,
+        "operations_by_group_moves": [by_operation[many] for many in range(max(by_operation) + 1)],
         "request_moves_per_op": moves / OPERATIONS,
     }
 
@@ -74,23 +80,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="results/mell")
     out = Path(parser.parse_args().out)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    commit = measured_at()
     for mixed, per_gpu in ((False, 12), (True, 5)):
         for num_gpus in (10, 100, 1_000, 10_000):
             rows.append(min((measure(num_gpus, per_gpu, mixed, seed) for seed in range(2)),
                             key=lambda row: float(row["mean_us"])))  # fmt: skip
             print(rows[-1], flush=True)
-    lines = ["Cost of one operation of the scheduler (Allocate, Depart, Update by one block: a third each), CPU time",
-             f"of its thread, best of 2 seeds x {OPERATIONS:,} operations, GPUs of {CAPACITY} blocks. Measured on a",
-             "shared machine: the growth is the result, not the microseconds. `python -m bench.mell.cost`", "",
-             "| requests | GPUs | live | mean, us | worst, us | group moves/op | request moves/op |",
-             "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "cost.md").write_text("\n".join(report(rows, commit)) + "\n", encoding="utf-8")
+    (out / "cost.json").write_text(json.dumps({"commit": commit, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def report(rows: list[dict[str, Any]], commit: str) -> list[str]:
+    """Both tables."""
+    lines = [
+        "Measured (CPU time of the scheduler's thread; `python -m bench.mell.cost`): Allocate, Depart, Update by one",
+        f"block, a third each, best of 2 seeds x {OPERATIONS:,} operations, GPUs of {CAPACITY} blocks. A shared",
+        f"machine: the growth is the result, not the microseconds. Measured at commit {commit}.",
+        "",
+        "| requests | GPUs | live | mean, us | worst, us | group moves/op | request moves/op | most request moves |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     lines += [f"| {row['mix']} | {row['gpus']:,} | {row['requests']:,} | {row['mean_us']:.1f} | "
               f"{row['worst_us']:.0f} | "
-              f"{row['group_moves_per_op']:.2f} | {row['request_moves_per_op']:.2f} |" for row in rows]  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "cost.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "cost.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+              f"{row['group_moves_per_op']:.2f} | {row['request_moves_per_op']:.2f} | "
+              f"{row['most_request_moves']} |"
+              for row in rows]  # fmt: skip
+    lines += ["", f"Operations (of {OPERATIONS:,}) by their group moves; the bound is 10.", "",
+              "| requests | GPUs | " + " | ".join(str(many) for many in range(11)) + " |", "|---|---:|" + "---:|" * 11]
+    for row in rows:
+        counts = row["operations_by_group_moves"]
+        assert len(counts) <= 11
+        lines.append(f"| {row['mix']} | {row['gpus']:,} | "
+                     + " | ".join(str(many) for many in [*counts, *[0] * (11 - len(counts))]) + " |")
+    return lines
 
 
 if __name__ == "__main__":

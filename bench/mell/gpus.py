@@ -18,6 +18,7 @@ import numpy as np
 from common.config import compose
 from common.driver import drive
 from common.metrics import summarize
+from common.provenance import git_state
 from common.record import RequestColumns, RunRecord
 from common.sched.fleet import FleetPolicy
 from run import make_executor, served
@@ -30,7 +31,7 @@ RATES = {"infrequent": 0.5, "middle": 0.8, "frequent": 1.1}
 MAIN = ("mell", "load_balance", "worst_fit", "best_fit", "oracle_worst_fit", "oracle_best_fit")
 SNAPSHOT_S = 5.0
 SLOS = ((5_000, 50), (5_000, 100), (1_000, 50))  # TTFT and TPOT, ms
-RAMP = 1 / 3  # of the span of arrivals is left out of means and peaks
+RAMP, RAMP_S = 1 / 3, 500.0  # of the span of arrivals, at most so many s: left out of means and peaks
 
 
 class Case(NamedTuple):
@@ -58,8 +59,8 @@ def cases(seeds: int) -> Iterator[Case]:
                     yield Case(experiment, load, system, "", seed, (f"workload.rate={rate}",))
 
 
-def simulate(case: Case) -> dict[str, Any]:
-    """One run and its numbers over the steady part."""
+def simulate(case: Case, change: Callable[[FleetPolicy], None] = lambda policy: None) -> dict[str, Any]:
+    """One run and its numbers over the steady part; `change` the policy before it starts."""
     config = compose([f"experiment=mell/{case.experiment}", f"system={case.system}", f"seed={case.seed}",
                       *case.overrides])  # fmt: skip
     workload = served(build(config.workload, config.seed), config.engine.max_model_len)
@@ -67,6 +68,7 @@ def simulate(case: Case) -> dict[str, Any]:
     executor = make_executor(config, workload, record)
     policy = make_policy(config.system, executor.cluster.info(), config.engine, config.system_options)
     assert isinstance(policy, FleetPolicy)
+    change(policy)
     watched = Watched(policy.planner, policy)
     policy.planner = watched
     begin = time.process_time()
@@ -74,15 +76,17 @@ def simulate(case: Case) -> dict[str, Any]:
     info = executor.cluster.instances[0]
     capacity = info.kv_cells // info.num_layers
     span = float(workload.arrival_ns.max()) / 1e9
-    steady = [sample for sample in watched.seen if span * RAMP <= sample[0] < span]
+    ramp = min(span * RAMP, RAMP_S)
+    steady = [sample for sample in watched.seen if ramp <= sample[0] < span]
     return {
         "key": case.key,
         "case": case._asdict(),
         "cpu_s": time.process_time() - begin,
         "requests": workload.num_requests,
         **_latency(record, config, workload),
-        **_service(record, span * RAMP),
+        **_service(record, ramp),
         **_gpus(record, steady, capacity, float(config.system_options["watermark"])),
+        "timeline": _timeline(watched.seen, capacity),
         **_moves(policy, record, span),
     }
 
@@ -149,18 +153,26 @@ def _gpus(
     paid = ((spans[:, :1] <= at) & (at < spans[:, 1:])).sum(axis=0)
     snapshots = [sizes for _, _, sizes in seen]
     used = np.array([sum(sizes) for sizes in snapshots]) / capacity
-    low = np.array([martello_toth(sizes, capacity) for sizes in snapshots])
     return {
         "plan_mean": float(plan.mean()), "plan_peak": int(plan.max()),
         "paid_mean": float(paid.mean()), "paid_peak": int(paid.max()),
         "utilisation": float(used.sum() / plan.sum()), "utilisation_paid": float(used.sum() / paid.sum()),
-        "volume_mean": float(np.mean([volume(sizes, capacity) for sizes in snapshots])),
-        "l2_mean": float(low.mean()), "l2_peak": int(low.max()),
-        "ffd_mean": float(np.mean([first_fit(sizes, capacity) for sizes in snapshots])),
+        **_bound("volume", [volume(sizes, capacity) for sizes in snapshots]),
+        **_bound("l2", [martello_toth(sizes, capacity) for sizes in snapshots]),
+        **_bound("ffd", [first_fit(sizes, capacity) for sizes in snapshots]),
         **_classes(snapshots, int(capacity * (1 - watermark))),
         "live_mean": float(np.mean([len(sizes) for sizes in snapshots])),
-        "timeline": {"at_s": at.tolist(), "plan": plan.tolist(), "paid": paid.tolist(), "l2": low.tolist()},
     }  # fmt: skip
+
+
+def _bound(name: str, values: list[int]) -> dict[str, Any]:
+    return {f"{name}_mean": float(np.mean(values)), f"{name}_peak": int(max(values))}
+
+
+def _timeline(seen: list[tuple[float, int, list[int]]], capacity: int) -> dict[str, Any]:
+    """The whole run, ramp and drain too."""
+    return {"at_s": [round(at, 3) for at, _, _ in seen], "plan": [num for _, num, _ in seen],
+            "l2": [martello_toth(sizes, capacity) for _, _, sizes in seen]}  # fmt: skip
 
 
 def _classes(snapshots: list[list[int]], capacity: int) -> dict[str, Any]:
@@ -172,12 +184,20 @@ def _classes(snapshots: list[list[int]], capacity: int) -> dict[str, Any]:
             "class_blocks": {name: float(sizes[index == at].sum() / sizes.sum()) for at, name in enumerate(names)}}
 
 
+def _stalls(policy: FleetPolicy, record: RunRecord) -> list[int]:
+    """ns from leaving the source to the next token, of each finished migration; sorted. By the executor's clock: the
+    policy hears of a recomputed prompt at a step's end only."""
+    rows = record.stalls
+    took = {(request, begin): end - begin for request, begin, end in zip(rows.request_id, rows.begin_ns, rows.end_ns)}
+    return sorted(took[left] for left in policy.mover.stats.left_ns if left in took)
+
+
 def _moves(policy: FleetPolicy, record: RunRecord, span: float) -> dict[str, Any]:
     done = policy.mover.stats
-    stalls = sorted(stall for stalls in done.stalls_ns.values() for stall in stalls)
+    stalls = _stalls(policy, record)
     out = {
         "kv_moves_per_s": done.kv_done / span, "token_moves_per_s": done.token_done / span,
-        "aborted": done.aborted, "kv_gb": done.kv_bytes / 1e9, "recomputed_tokens": done.recomputed_tokens,
+        "aborted": done.aborted, "kv_gb": done.kv_bytes / 1e9, "recomputed_per_s": done.recomputed_tokens / span,
         "median_stall_ms": stalls[len(stalls) // 2] / 1e6 if stalls else None,
         "p99_stall_ms": stalls[len(stalls) * 99 // 100] / 1e6 if stalls else None,
         "starts": policy.stats.starts, "stops": policy.stats.stops, "fallbacks": policy.stats.fallbacks,
@@ -198,16 +218,22 @@ def options(description: str | None, out: str) -> argparse.ArgumentParser:
     return parser
 
 
+def measured_at() -> str:
+    """The commit of the code that runs."""
+    git = git_state()
+    return f"{git['commit']}" + (" with uncommitted changes" if git["dirty"] else "")
+
+
 def run_missing(cases: Iterable[Case], given: argparse.Namespace, line: Callable[[dict[str, Any]], str],
                 without: Callable[[Case], Iterable[str]] = lambda case: ()) -> None:  # fmt: skip
     """Simulate what the file lacks, and write it after each; `line`: what is printed of a row, `without`: what a row
     leaves out."""
-    path = Path(given.out)
+    path, commit = Path(given.out), measured_at()
     rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for case in cases:
         if case.key in rows or given.only not in case.key:
             continue
-        row = rows[case.key] = simulate(case)
+        row = rows[case.key] = simulate(case) | {"commit": commit}
         for name in without(case):
             del row[name]
         print(f"{case.key}: {line(row)}, used {row['utilisation']:.2f}, {row['cpu_s']:.0f} s", flush=True)
@@ -221,7 +247,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()
     run_missing(cases(given.seeds), given, lambda row: f"plan {row['plan_mean']:.1f}/{row['plan_peak']}, paid "
-                f"{row['paid_mean']:.1f}, L2 {row['l2_mean']:.1f}")  # fmt: skip
+                f"{row['paid_mean']:.1f}, L2 {row['l2_mean']:.1f}",
+                lambda case: ("timeline",) if case.seed else ())  # fmt: skip
 
 
 if __name__ == "__main__":

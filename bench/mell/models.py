@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.mell.gpus import Watched
+from bench.mell.gpus import Watched, measured_at
 from common.build import each_model
 from common.config import RunConfig, compose
 from common.driver import drive
@@ -100,12 +100,14 @@ def simulate(system: str, stock: int, seed: int) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Print and write."""
-    rows: dict[str, Any] = {}
+    commit = measured_at()
+    rows: dict[str, Any] = {"commit": commit}
     lines = [
         "Simulated (`python -m bench.mell.models`; conf/experiment/mell/two_models.yaml): Llama-2-7B and 13B on A100",
         "40 GB, 600 s in which their loads swing against each other; means over seeds 0 to 2. `shared`: a pool per",
         "model over one stock; `halves`: the same requests, half of the GPUs for each model. / L2: planned GPUs over",
         "both models' bounds on the run's own snapshots (who waits counts, so both grow where GPUs lack).",
+        f"Measured at commit {commit}.",
         "",
         "| system | stock | GPUs | GPU-hours | peak used | plan | / L2 | handed over | TTFT P50 s | P90 s | P99 s |",
         "|---|--:|---|" + "--:|" * 8,

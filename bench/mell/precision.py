@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.mell.gpus import measured_at
 from bench.mell.restless import Restless
 from common.config import compose
 from common.driver import drive
@@ -65,6 +66,7 @@ def main() -> None:
         "Real tensors, emulated on one device (`python -m bench.mell.precision`): CPU, random weights, greedy, 8",
         "requests of 64 + 64 tokens on 3 instances. Equal: replies identical to the reference. Until: mean share of a",
         "reply before its first difference. `never` migrates nobody: it differs from `alone` by who shares the batch.",
+        f"Measured at commit {measured_at()}.",
         "",
         "| model | type | migrates | as | migrations | equal to alone | until | equal to never | until |",
         "|---|---|---|---|--:|--:|--:|--:|--:|",

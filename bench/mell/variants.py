@@ -14,9 +14,12 @@ SEEDS = range(3)
 FOUR = ("mell", "load_balance", "worst_fit", "best_fit")
 FITS = ("best_fit", "worst_fit", "load_balance", "first_fit", "load_balance_drain", "ffd_repack")
 NATIVE_RATES = {"infrequent": 13.6, "middle": 21.8, "frequent": 30.0}  # in the proportions of the paper's
-LINKS = (1.25e8, 1.25e9, 2e10)  # bytes/s
+LINKS = (1.25e8, 6e8, 1.25e9, 5e9, 2e10)  # bytes/s
+TIMELINES = ("timeline", "timeline_7b")
+HYBRID = ("hybrid", "hybrid_mid", "hybrid_busy")  # prompts take more and more of the compute
+VOLUMES = {"infrequent": 1.6, "middle": 2.5, "frequent": 3.6}  # rates that ask for as much KV as the paper's bars do
 LENGTHS = {1: 30.0, 20: 0.36}  # scale -> rate; x10 is the main comparison
-MARKS = (0.0, 0.05, 0.2)
+MARKS = (0.0, 0.05, 0.1, 0.2, 0.3)
 AZURE_STARTS = (0, 1000, 2000)  # s of the trace
 
 
@@ -24,19 +27,23 @@ def cases() -> Iterator[Case]:
     """All runs, most wanted first; the study is the first part of the key."""
     for seed in SEEDS:
         yield from _watermark(seed)
+        yield from _scale(seed)
         yield from _hybrid(seed)
         yield from _overflow(seed)
-        if seed == 0:
+        for name in TIMELINES:
             for system in FOUR:
-                yield Case("timeline", "frequent", system, "", seed, ())
+                yield Case(name, "frequent", system, "", seed, ())
         yield from _azure(seed)
         yield from _lengths(seed)
         yield from _switches(seed)
-    for seed in SEEDS:
-        for model in ("13b", "7b"):
-            for load, rate in NATIVE_RATES.items():
-                for system in FOUR:
-                    yield Case(f"{model}_native", load, system, "", seed, (f"workload.rate={rate}",))
+        yield from _native(seed)
+
+
+def _native(seed: int) -> Iterator[Case]:
+    for model in ("13b", "7b"):
+        for load, rate in NATIVE_RATES.items():
+            for system in FOUR:
+                yield Case(f"{model}_native", load, system, "", seed, (f"workload.rate={rate}",))
 
 
 def _watermark(seed: int) -> Iterator[Case]:
@@ -46,9 +53,10 @@ def _watermark(seed: int) -> Iterator[Case]:
 
 
 def _hybrid(seed: int) -> Iterator[Case]:
-    for experiment in ("hybrid", "hybrid_busy"):
+    """Tokens alone hardly touch a link: both ends of the sweep say so."""
+    for experiment in HYBRID:
         for link in LINKS:
-            for migration in ("hybrid", "kv", "tokens"):
+            for migration in ("hybrid", "kv", "tokens") if link in (LINKS[0], LINKS[-1]) else ("hybrid", "kv"):
                 yield Case(experiment, f"{link:g}", "mell", f"migration={migration}", seed,
                            (f"hardware.nic_bandwidth={link}", f"system.migration={migration}"))  # fmt: skip
 
@@ -69,6 +77,12 @@ def _azure(seed: int) -> Iterator[Case]:
             for system in FOUR:
                 window = f"workload.window_s=[{start},{start + seconds}]"
                 yield Case(f"{model}_{name}", name, system, "", seed, (window,))
+
+
+def _scale(seed: int) -> Iterator[Case]:
+    for load, rate in VOLUMES.items():
+        for system in FOUR:
+            yield Case("scale", load, system, "", seed, (f"workload.rate={rate}",))
 
 
 def _lengths(seed: int) -> Iterator[Case]:
@@ -92,7 +106,7 @@ def main() -> None:
     """Run what is missing."""
     run_missing(cases(), options(__doc__, "results/mell/variants.json").parse_args(),
                 lambda row: f"plan {row['plan_mean']:.1f}/{row['plan_peak']}, L2 {row['l2_mean']:.1f}",
-                lambda case: () if case.experiment == "timeline" else ("timeline",))  # fmt: skip
+                lambda case: () if not case.seed and case.experiment in TIMELINES else ("timeline",))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,18 +12,13 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from common.comm.peers import Peers
-from common.engine.instance import put_blocks
 from common.errors import KVPlaneError
-from common.kernels.cache import gather_cells
 
 WINDOW = 2  # pieces of copies that a worker has on their way
-Cells = NDArray[np.int32]  # [layers, blocks]
 
 
 class Arrival(NamedTuple):
@@ -90,27 +85,3 @@ def _wait(work: Any) -> None:
 
 def _nothing() -> None:
     return None
-
-
-def cut_tokens(kv: Tensor, cells: Cells, tokens: tuple[int, int], first_block: int) -> Tensor:
-    """[layers, 2, tokens, kv heads, head size]: exactly these tokens of cells `[layers, blocks]`, the first of which is
-    block `first_block` of the request."""
-    layers, blocks = cells.shape
-    whole = gather_cells(kv, torch.from_numpy(cells.ravel().astype(np.int64)))
-    size = kv.shape[2]
-    rows = whole.view(layers, blocks, *kv.shape[1:]).transpose(1, 2).reshape(layers, 2, blocks * size, *kv.shape[3:])
-    start, end = (token - first_block * size for token in tokens)
-    return rows[:, :, start:end].contiguous()
-
-
-def put_tokens(came: Tensor, kv: Tensor, cells: Cells, tokens: tuple[int, int], first_block: int) -> None:
-    """The other way round: what `cut_tokens` gave, into cells that hold the same tokens here."""
-    layers, blocks = cells.shape
-    size = kv.shape[2]
-    rows = came.new_zeros(layers, 2, blocks * size, *kv.shape[3:])
-    start, end = (token - first_block * size for token in tokens)
-    rows[:, :, start:end] = came
-    whole = rows.view(layers, 2, blocks, size, *kv.shape[3:]).transpose(1, 2).reshape(-1, *kv.shape[1:])
-    numbers = np.arange(cells.size, dtype=np.int32).reshape(cells.shape)
-    put_blocks(whole, numbers, kv, cells, tokens, first_block, size)
-

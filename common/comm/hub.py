@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -34,21 +34,58 @@ class Timeouts(NamedTuple):
     heartbeat_s: float = 20.0
 
 
+class Process(Protocol):
+    """A worker's, however it was started."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+    @property
+    def exitcode(self) -> int | None: ...
+
+    def kill(self) -> None: ...
+
+    def join(self, timeout: float | None = None) -> None: ...
+
+
+class Launcher(Protocol):
+    """Starts workers elsewhere than on this machine (`common.comm.ray_launch`)."""
+
+    host: str  # where workers find this process
+
+    def start(self, environments: Mapping[int, Mapping[str, str]], teams: Sequence[Sequence[int]]) -> dict[int, Any]:
+        """A `Process` for each rank, with these variables; those of a team on one node."""
+
+    def gone(self) -> dict[int, str]:
+        """Who has ended, and how, as far as it is known; asked often."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
 class Gone(Exception):
     """A worker is gone, and an answer will not come."""
 
 
 class Hub:
-    """Starts the workers (or meets those of torchrun), and ends them. Instance i is worker i + 1."""
+    """Starts the workers (or meets those of torchrun), and ends them: one for each rank of each instance, in order."""
 
     def __init__(
-        self, num_workers: int, timeouts: Timeouts | None = None, backend: str = "gloo", piece_bytes: int = 1 << 18
+        self, num_workers: int, timeouts: Timeouts | None = None, backend: str = "gloo", piece_bytes: int = 1 << 18,
+        tps: Sequence[int] = (), launcher: Launcher | None = None,
     ) -> None:  # fmt: skip
+        """`tps`: workers of each instance; (): one. `launcher`: of processes; None: torchrun's, or our own forks. The
+        hub closes it."""
+        self._launcher = launcher
         self.num_workers = num_workers
+        tps = tuple(tps) or (1,) * num_workers
+        assert sum(tps) == num_workers, f"instances of {tps} ranks on {num_workers} workers"
+        self.teams = tuple(tuple(range(end - tp + 1, end + 1)) for tp, end in zip(tps, accumulate(tps)))
+        self.instance_of = {rank: index for index, team in enumerate(self.teams) for rank in team}
         self.timeouts = timeouts or Timeouts()
         self.backend, self.piece_bytes = backend, piece_bytes
         self.lost: dict[int, str] = {}  # rank -> how it was noticed
-        self.processes: dict[int, BaseProcess] = {}
+        self.processes: dict[int, Process] = {}
         self.beats: dict[int, say.Beat] = {}  # what each has sent and received, by its own last word
         self.arrived: Callable[[int, int], None] | None = None  # told (rank, sequence) of each answer that comes
         self._connections: dict[int, Connection] = {}
@@ -68,36 +105,47 @@ class Hub:
 
     def _open(self) -> None:
         world_size, start_s = self.num_workers + 1, self.timeouts.start_s
-        if under_torchrun():
+        if self._launcher is None and under_torchrun():
             store, _, found = store_of(start_s)
             host = os.environ["MASTER_ADDR"]
             if found != world_size:
-                raise ConfigError(f"runtime=dist: torchrun started {found} processes; {self.num_workers} instances and "
-                                  f"the policy need {world_size} (cluster.num_instances)")  # fmt: skip
+                raise ConfigError(f"runtime=dist: torchrun started {found} processes; {len(self.teams)} instances of "
+                                  f"{self.num_workers} ranks and the policy need {world_size} (cluster.num_instances, "
+                                  "cluster.tp)")  # fmt: skip
         else:
-            store, host = TCPStore(HOST, 0, world_size, is_master=True, wait_for_workers=False), HOST
-            extra = {"MASTER_ADDR": HOST, "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world_size),
+            host = HOST if self._launcher is None else self._launcher.host
+            store = TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+            extra = {"MASTER_ADDR": host, "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world_size),
                      "KVPLANE_START_S": str(start_s)}  # fmt: skip
-            for rank in range(1, world_size):
-                environment = {**os.environ, **extra, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                self.processes[rank] = FORKS.Process(target=WORKER, args=(environment,), name=f"worker {rank}")
-                self.processes[rank].start()
+            each = {rank: {**extra, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(1, world_size)}
+            if self._launcher is not None:
+                self.processes = self._launcher.start(each, self.teams)
+            else:
+                self._fork(each)
         self._store = store
         door = Door(store, host)
         self._admit(door)
         door.close()
         try:
-            self._peers = join_groups(store, 0, world_size, self.backend, start_s, self.timeouts.transfer_s)
+            self._peers = join_groups(store, 0, world_size, self.backend, start_s, self.timeouts.transfer_s,
+                                      self.teams)  # fmt: skip
         except RuntimeError as error:
             raise KVPlaneError(f"runtime=dist: process groups: {str(error).splitlines()[0]}") from None
         self._heard = dict.fromkeys(self._connections, time.monotonic())
+
+    def _fork(self, each: Mapping[int, Mapping[str, str]]) -> None:
+        for rank, extra in each.items():
+            process = FORKS.Process(target=WORKER, args=({**os.environ, **extra},), name=f"worker {rank}")
+            process.start()
+            self.processes[rank] = process
 
     def _admit(self, door: Door) -> None:
         start_s = self.timeouts.start_s
         deadline = time.monotonic() + start_s
         terms = say.Terms(self.backend, start_s, self.timeouts.transfer_s, self.timeouts.heartbeat_s / 4,
-                          self.piece_bytes)  # fmt: skip
+                          self.piece_bytes, self.teams)  # fmt: skip
         while len(self._connections) < self.num_workers:
+            self._ask_launcher()
             for rank, process in self.processes.items():
                 if process.exitcode is not None:
                     raise KVPlaneError(f"worker {rank} ended with code {process.exitcode} before it was up")
@@ -124,6 +172,8 @@ class Hub:
                 process.join()
         for connection in self._connections.values():
             connection.close()
+        if self._launcher is not None:
+            self._launcher.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -153,7 +203,7 @@ class Hub:
                 raise Gone(rank)
             left = deadline - time.monotonic()
             if left <= 0:
-                raise KVPlaneError(f"worker {rank} (instance {rank - 1}) has not answered for "
+                raise KVPlaneError(f"worker {rank} (instance {self.instance_of[rank]}) has not answered for "
                                    f"{self.timeouts.reply_s:g} s; see runtime.reply_timeout_s")  # fmt: skip
             self.drain(left)
         return self._answers.pop((rank, sequence))
@@ -197,7 +247,7 @@ class Hub:
         if came.beat is not None:
             self.beats[rank] = came.beat
         if came.error is not None:
-            text = f"worker {rank} (instance {rank - 1}): {came.error}"
+            text = f"worker {rank} (instance {self.instance_of[rank]}): {came.error}"
             raise ContractError(text) if came.contract else KVPlaneError(text)
         if (rank, came.sequence) in self._void:
             self._void.remove((rank, came.sequence))
@@ -208,6 +258,9 @@ class Hub:
 
     def _look(self) -> None:
         """Who has been silent for too long is hung. Where nobody listened for a while, nobody is blamed for it."""
+        for rank, how in self._ask_launcher().items():
+            if rank not in self.lost and not self._closed:
+                self.lose(rank, how)
         now, limit = time.monotonic(), self.timeouts.heartbeat_s
         if now - self._looked > limit / 2:
             self._heard = dict.fromkeys(self._heard, now)
@@ -216,12 +269,21 @@ class Hub:
             if rank not in self.lost and now - heard > limit:
                 self.lose(rank, f"hung: silent for {limit:g} s")
 
+    def _ask_launcher(self) -> dict[int, str]:
+        """Who is gone, as the launcher knows it."""
+        return {} if self._launcher is None else self._launcher.gone()
+
     def lose(self, rank: int, how: str) -> None:
-        """Give a worker up. What cannot be reached must not go on: it is killed, if it is ours."""
-        self.lost.setdefault(rank, how)
+        """Give a worker up, and with it all ranks of its instance. What cannot be reached must not go on: it is killed,
+        if it is ours."""
+        if rank in self.lost:
+            return
+        self.lost[rank] = how
         self._void = {(other, sequence) for other, sequence in self._void if other != rank}
         process = self.processes.get(rank)
         if process is not None and process.exitcode is None:
             process.kill()
         with suppress(OSError):
             self._connections[rank].close()  # one that is not ours ends when it reads this
+        for other in self.teams[self.instance_of[rank]]:
+            self.lose(other, f"worker {rank} of its instance is gone: {how}")

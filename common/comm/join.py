@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import struct
+from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
@@ -96,8 +97,11 @@ def _connection(opened: socket.socket) -> Connection:
     return Connection(opened.detach())
 
 
-def join_groups(store: Any, rank: int, world_size: int, backend: str, start_s: float, transfer_s: float) -> Peers:
-    """All ranks at once."""
+def join_groups(
+    store: Any, rank: int, world_size: int, backend: str, start_s: float, transfer_s: float,
+    teams: Sequence[Sequence[int]] = (),
+) -> Peers:  # fmt: skip
+    """All ranks at once. `teams`: workers of each instance."""
     inner = PrefixStore("kvplane/groups", store)
     dist.init_process_group("gloo", store=inner, rank=rank, world_size=world_size, timeout=timedelta(seconds=start_s))
-    return Peers(world_size, backend, transfer_s)
+    return Peers(rank, world_size, backend, transfer_s, teams)

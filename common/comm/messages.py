@@ -22,17 +22,20 @@ Bands = tuple[tuple[Layers, tuple[PlacePlan, ...]], ...]
 
 
 class Terms(NamedTuple):
-    """The first word to a worker that has come in. `beat_s`: from heartbeat to heartbeat; `piece_bytes`: of a copy."""
+    """The first word to a worker that has come in. `beat_s`: from heartbeat to heartbeat; `piece_bytes`: of a copy;
+    `teams`: workers of each instance."""
 
     backend: str
     start_s: float
     transfer_s: float
     beat_s: float
     piece_bytes: int
+    teams: tuple[tuple[int, ...], ...] = ()
 
 
 class Setup(NamedTuple):
-    """What kind of instance to be; one that there was is forgotten. `weights`: a folder; None: random by `seed`."""
+    """What kind of instance to be, or which rank of one; an instance that there was is forgotten. `info`: with the
+    bytes of a rank; `spec`: whole. `weights`: a folder; None: random by `seed`. `teams`: workers by instance."""
 
     info: InstanceInfo
     spec: DecoderSpec
@@ -43,6 +46,7 @@ class Setup(NamedTuple):
     poison: bool
     weights: str | None
     seed: int
+    teams: tuple[tuple[int, ...], ...]
 
 
 class Start(NamedTuple):
@@ -105,9 +109,9 @@ class PutBlocks(NamedTuple):
 
 
 class SendCells(NamedTuple):
-    """These tokens of cells, no others, to a peer."""
+    """These tokens of cells, no others, to peers: (peer, KV heads [low, high) of those here)."""
 
-    to: int
+    to: tuple[tuple[int, int, int], ...]
     tier: Tier
     cells: Table
     tokens: tuple[int, int]
@@ -115,9 +119,10 @@ class SendCells(NamedTuple):
 
 
 class TakeCells(NamedTuple):
-    """The other end: what came is put where `tokens` says. Answered: which peer was lost on the way, or None."""
+    """The other end: what came from (peer, number of KV heads), side by side the heads that are held here, is put where
+    `tokens` says. Answered: which peer was lost on the way, or None."""
 
-    source: int
+    sources: tuple[tuple[int, int], ...]
     tier: Tier
     cells: Table
     tokens: tuple[int, int]
@@ -140,15 +145,16 @@ class Load(NamedTuple):
 
 
 class SendHidden(NamedTuple):
-    """The hidden states that a lane's stage here left, to the next one."""
+    """The hidden states that a lane's stage here left, to these ranks of the next one."""
 
     lane: int
-    to: int
+    to: tuple[int, ...]
 
 
 class RunStage(NamedTuple):
     """A stage of an iteration. `source`: who sends the hidden states (None: the first stage, or they are here).
-    Answered: tokens sampled, as (request, id), and which peers were lost on the way (then none of it is valid)."""
+    Answered: tokens sampled (by an instance's first rank), as (request, id), and which peers were lost on the way (then
+    none of it is valid)."""
 
     lane: int
     batch: Batch
@@ -184,7 +190,8 @@ class CancelTake(NamedTuple):
 
 class Beat(NamedTuple):
     """From a worker, unasked: it lives. Since the `Setup` of this number: bytes sent by kind, received by (kind,
-    source); stages run, and the seconds of its CPU and of the clock that they took."""
+    source); stages run, the seconds of its CPU since the first of them (orders, copies and all), and those of the clock
+    that they took."""
 
     setup: int
     sent: dict[str, int]

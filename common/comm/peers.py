@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from common.errors import KVPlaneError
 
-KINDS = ("hidden", "copies", "attention")  # a process group each: activations, KV and parameters, remote attention
+GROUPS = ("hidden", "copies", "attention")  # a process group each: activations, KV and parameters, remote attention
+KINDS = (*GROUPS, "reduce")  # and between the ranks of an instance, in a group of their own
 TAGS = 1 << 30
 
 
@@ -29,9 +31,18 @@ class PeerLost(Exception):
 class Peers:
     """This worker's ends. Made by all ranks at once, the policy's too, which is in none of the groups."""
 
-    def __init__(self, world_size: int, backend: str, timeout_s: float) -> None:
+    def __init__(
+        self, rank: int, world_size: int, backend: str, timeout_s: float, teams: Sequence[Sequence[int]] = ()
+    ) -> None:  # fmt: skip
+        """`teams`: workers of each instance."""
         workers, timeout = list(range(1, world_size)), timedelta(seconds=timeout_s)
-        self._groups = {kind: dist.new_group(workers, timeout=timeout, backend=backend) for kind in KINDS}
+        self._groups = {kind: dist.new_group(workers, timeout=timeout, backend=backend) for kind in GROUPS}
+        self.rank, self._team_group = rank, None
+        self.team: tuple[int, ...] = (rank,)  # of this instance
+        for team in teams:  # all processes make all groups
+            group = dist.new_group(list(team), timeout=timeout, backend=backend) if len(team) > 1 else None
+            if rank in team:
+                self.team, self._team_group = tuple(team), group
         self._timeout_s = timeout_s
         self._lock = threading.Lock()  # of the counters: several threads send and receive
         self._sent: Counter[str] = Counter()
@@ -78,6 +89,21 @@ class Peers:
         with self._lock:
             self._received[kind, source] += tensor.numel() * tensor.element_size()
         return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks of this instance, in their order; all of them call it. PeerLost."""
+        parts = [torch.empty_like(tensor) for _ in self.team]
+        others = [rank for rank in self.team if rank != self.rank]
+        size = tensor.numel() * tensor.element_size()
+        with self._lock:
+            self._sent["reduce"] += size * len(others)
+        try:
+            dist.all_gather(parts, tensor, group=self._team_group)
+        except RuntimeError:  # who of them is gone it does not say: the instance is lost with any
+            raise PeerLost(others[0]) from None
+        with self._lock:
+            self._received.update({("reduce", rank): size for rank in others})
+        return parts
 
     def _reap(self) -> None:
         """Keeps what is being sent alive until it is out."""

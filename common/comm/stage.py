@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,6 +13,7 @@ from common.comm.peers import PeerLost, Peers, pack, packed_bytes, unpack
 from common.engine.instance import EngineInstance, InstanceBytes
 from common.engine.model import Attend as AttendCall
 from common.engine.runner import Item, Place, Runner, StageTimes
+from common.engine.shard import ordered_sum
 from common.engine.work import Batch, PlacePlan, to_device
 from common.errors import ContractError
 from common.types import Layers
@@ -35,12 +37,17 @@ class Creditor(NamedTuple):
 
 
 class StageRunner(Runner):
-    """See the module docstring. `instances` has the one instance of this worker."""
+    """See the module docstring. `instances` has the one instance of this worker, or the worker's rank of it; then the
+    decoder is a rank's too, and the first rank samples. `teams`: workers of each instance."""
 
     peers: Peers
 
-    def __init__(self, peers: Peers, instances: dict[int, InstanceBytes], *args: Any, **options: Any) -> None:
-        self.peers = peers
+    def __init__(
+        self, peers: Peers, teams: Sequence[Sequence[int]], instances: dict[int, InstanceBytes], *args: Any,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        self.peers, self.teams = peers, teams
+        self.position = peers.team.index(peers.rank)  # among the ranks of its instance
         self.hidden: dict[int, Tensor] = {}  # lane -> what its stage here left for the next one
         self._bands: dict[Layers, tuple[PlacePlan, ...]] = {}
         self._creditors: list[Creditor] = []
@@ -48,6 +55,8 @@ class StageRunner(Runner):
         self._sequence = 0
         decoder, source, backend, *rest = args
         super().__init__(decoder, source, backend, cast(dict[int, EngineInstance], instances), *rest, **options)
+        if len(peers.team) > 1:
+            decoder.reduce = self._reduce
 
     def stage(self, message: RunStage, home: int, sequence: int) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
         """Run it. Where peers are lost the rest goes on with what there is, as others wait for their part of it; the
@@ -65,6 +74,20 @@ class StageRunner(Runner):
             assert item.hidden is not None
             self.hidden[message.lane] = item.hidden
         return item.sampled, tuple(sorted(self._lost))
+
+    def _sample(self, item: Item) -> None:
+        if self.position == 0:
+            super()._sample(item)
+
+    def _reduce(self, part: Tensor) -> Tensor:
+        """The sum over the ranks of this instance, in their order: the same bits in all of them, and in `local`."""
+        if not part.numel() or self._lost.intersection(self.peers.team):
+            return part
+        try:
+            return ordered_sum(self.peers.gather(part))
+        except PeerLost as error:
+            self._lost.add(error.rank)
+            return part
 
     def _hidden(self, message: RunStage) -> Tensor:
         if message.source is None:
@@ -87,7 +110,7 @@ class StageRunner(Runner):
     def _creditor(self, plan: PlacePlan, num_tokens: int) -> Creditor:
         queries, writes = (torch.tensor(ids, device=self.device) for ids in moved_tokens(plan, num_tokens))
         passes = [(int(part.rows.q_len.sum()), to_device(part.queries, self.device)) for part in plan.passes]
-        return Creditor(plan.instance + 1, queries.long(), writes.long(), passes)
+        return Creditor(self.teams[plan.instance][self.position], queries.long(), writes.long(), passes)
 
     def _attend(self, places: list[Place], layer: int, times: StageTimes) -> AttendCall:
         home, creditors = places[0], self._creditors

@@ -1,4 +1,5 @@
-"""A worker process: one instance's bytes and arithmetic, and a loop over what the policy process says.
+"""A worker process: bytes and arithmetic of one instance, or of one rank of it, and a loop over what the policy process
+says.
 
 `python -m common.comm.worker` with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set, or `run.py` under torchrun. It ends
 when it is told to, or at once when the policy process is gone."""
@@ -16,7 +17,7 @@ import torch
 
 from common.comm import messages as say
 from common.comm.beside import Beside
-from common.comm.copies import Arrival, Copies, cut_tokens, put_tokens
+from common.comm.copies import Arrival, Copies
 from common.comm.join import join_groups, knock, store_of
 from common.comm.loop import Ear, Mouth, carry_out, serve
 from common.comm.peers import PeerLost, Peers
@@ -24,6 +25,8 @@ from common.comm.stage import StageRunner
 from common.engine.folder import FolderSource
 from common.engine.instance import InstanceBytes, put_blocks
 from common.engine.model import Decoder
+from common.engine.relayout import cut_tokens, put_tokens
+from common.engine.shard import ShardedSource, rank_spec
 from common.engine.spec import DecoderSpec
 from common.engine.weights import MemorySource, ParameterSource, RandomSource
 from common.errors import KVPlaneError
@@ -37,7 +40,8 @@ class Worker:
         self.peers, self.copies = peers, copies
         self.instances: dict[int, InstanceBytes] = {}
         self.setup_number = 0
-        self._ran = (0, 0.0, 0.0)  # stages, and seconds of this thread's CPU and of the clock that they took
+        self._ran = (0, 0.0)  # stages, and seconds of the clock that they took
+        self._cpu_from = 0.0  # CPU seconds of this process before the first of them
         self._void: set[int] = set()  # copies whose bytes are not wanted any more
         self._sources: dict[Any, ParameterSource] = {}
         self.handlers: dict[type, Callable[[Any, int], Any]] = {
@@ -69,7 +73,8 @@ class Worker:
 
     def beat(self) -> say.Beat:
         """That it lives, and what it has sent and received since its setup."""
-        (sent, received), (stages, cpu_s, wall_s) = self.peers.counts(), self._ran
+        (sent, received), (stages, wall_s) = self.peers.counts(), self._ran
+        cpu_s = time.process_time() - self._cpu_from if stages else 0.0
         return say.Beat(self.setup_number, sent, received, stages, cpu_s, wall_s)
 
     # ------------------------------------------------------------ life
@@ -77,11 +82,12 @@ class Worker:
     def _setup(self, order: say.Setup, sequence: int) -> dict[str, str]:
         self._stop_all()
         self.setup, self.index = order, order.info.instance
+        self.spec = rank_spec(order.spec, len(self.peers.team))
         self.device = torch.device(order.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.peers.reset()
-        self._ran = (0, 0.0, 0.0)
+        self._ran = (0, 0.0)
         self.setup_number = sequence
         self.source = self._source(order.spec, order.weights, order.seed)
         backend, self.runner = self._runner(order)
@@ -89,22 +95,24 @@ class Worker:
         return {"attention": backend.reason}
 
     def _runner(self, order: say.Setup) -> tuple[Any, StageRunner]:
-        spec = order.spec
+        spec = self.spec
         backend = choose(self.device, spec.dtype, order.block_size, order.attention)
         decoder = Decoder(spec, self.device, spec.dtype)
-        return backend, StageRunner(self.peers, self.instances, decoder, self.source, backend, order.block_size,
-                                    order.sampling, order.poison)  # fmt: skip
+        return backend, StageRunner(self.peers, order.teams, self.instances, decoder, self.source, backend,
+                                    order.block_size, order.sampling, order.poison)  # fmt: skip
 
     def _source(self, spec: DecoderSpec, weights: str | None, seed: int) -> ParameterSource:
         key = (spec, weights, seed)
         if key not in self._sources:
-            made = MemorySource(RandomSource(spec, seed)) if weights is None else FolderSource(weights, spec.dtype)
-            self._sources = {key: made}
+            whole = RandomSource(spec, seed) if weights is None else FolderSource(weights, spec.dtype)
+            team = self.peers.team
+            own = whole if len(team) == 1 else ShardedSource(whole, len(team), team.index(self.peers.rank))
+            self._sources = {key: own if weights is not None else MemorySource(own)}
         return self._sources[key]
 
     def _start(self, _: say.Start, __: int) -> None:
         order = self.setup
-        self.instances[self.index] = InstanceBytes(order.info, order.spec, order.spec.dtype, self.device,
+        self.instances[self.index] = InstanceBytes(order.info, self.spec, self.spec.dtype, self.device,
                                                    order.block_size, self.source, order.poison)  # fmt: skip
 
     def _stop(self) -> say.Beat:
@@ -116,12 +124,14 @@ class Worker:
             self.instances.pop(index).close()
 
     def _run_stage(self, order: say.RunStage, sequence: int) -> Any:
-        cpu, wall = time.thread_time(), time.perf_counter()
+        wall = time.perf_counter()
+        if not self._ran[0]:
+            self._cpu_from = time.process_time()
         try:
             return self.runner.stage(order, self.index, sequence)
         finally:
-            num, cpu_s, wall_s = self._ran
-            self._ran = (num + 1, cpu_s + time.thread_time() - cpu, wall_s + time.perf_counter() - wall)
+            num, wall_s = self._ran
+            self._ran = (num + 1, wall_s + time.perf_counter() - wall)
 
     def attend(self, order: say.Attend, sequence: int) -> None:
         """A creditor's part of a stage; in a thread of its own."""
@@ -137,22 +147,25 @@ class Worker:
 
     def _send_cells(self, order: say.SendCells, sequence: int) -> None:
         source = self.engine.cells(order.tier, int(order.cells.max()))
-        tokens = cut_tokens(source, order.cells, order.tokens, order.first_block)
-        self.copies.send(tokens.to(self.device), order.to, sequence)
+        tokens = cut_tokens(source, order.cells, order.tokens, order.first_block).to(self.device)
+        for to, low, high in order.to:
+            self.copies.send(tokens[..., low:high, :].contiguous(), to, sequence)
 
     def _take_cells(self, order: say.TakeCells, sequence: int) -> None:
-        spec, num = self.setup.spec, order.tokens[1] - order.tokens[0]
-        shape = (len(order.cells), 2, num, spec.num_kv_heads, spec.head_dim)
-        came = torch.empty(shape, dtype=spec.dtype, device=self.device)
+        spec, num = self.spec, order.tokens[1] - order.tokens[0]
+        came = [torch.empty((len(order.cells), 2, num, heads, spec.head_dim), dtype=spec.dtype, device=self.device)
+                for _, heads in order.sources]  # fmt: skip
         engine = self.engine
 
         def put() -> None:
             goal = engine.cells(order.tier, int(order.cells.max()))
-            put_tokens(came, goal, order.cells, order.tokens, order.first_block)
+            whole = came[0] if len(came) == 1 else torch.cat(came, dim=3)
+            put_tokens(whole, goal, order.cells, order.tokens, order.first_block)
 
         def fetch() -> Callable[[], Any]:
             try:
-                self.copies.receive(came, order.source, sequence)
+                for (source, _), part in zip(order.sources, came):
+                    self.copies.receive(part, source, sequence)
             except PeerLost as error:
                 rank = error.rank
                 return lambda: rank
@@ -209,11 +222,19 @@ class Worker:
         return arrival.put()
 
     def _send_hidden(self, order: say.SendHidden, sequence: int) -> None:
-        self.peers.send("hidden", self.runner.hidden.pop(order.lane), order.to, sequence)
+        hidden = self.runner.hidden.pop(order.lane)
+        for to in order.to:
+            self.peers.send("hidden", hidden, to, sequence)
 
 
 def main() -> None:
     """One worker, from rendezvous to exit."""
+    work()
+    os._exit(0)  # without waiting for peers' connections
+
+
+def work() -> None:
+    """A worker's life in this process, which it should not outlive: threads and connections stay."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the policy process's business
     torch.set_num_threads(1)
     start_s = float(os.environ.get("KVPLANE_START_S", "60"))
@@ -222,7 +243,7 @@ def main() -> None:
         connection = knock(store, rank)
         terms = connection.recv()
         ear, mouth = Ear(connection), Mouth(connection)
-        peers = join_groups(store, rank, world_size, terms.backend, terms.start_s, terms.transfer_s)
+        peers = join_groups(store, rank, world_size, terms.backend, terms.start_s, terms.transfer_s, terms.teams)
     except (KVPlaneError, RuntimeError, OSError, EOFError) as error:
         print(f"worker {os.environ.get('RANK')}: {str(error).splitlines()[0]}", file=sys.stderr)
         os._exit(1)
@@ -232,7 +253,6 @@ def main() -> None:
     ear.start(beside)
     mouth.beats(worker.beat, terms.beat_s)
     serve(ear, mouth, worker.handlers, beside)
-    os._exit(0)  # without waiting for peers' connections
 
 
 def start_worker(environment: dict[str, str]) -> None:

@@ -20,8 +20,11 @@ from common.comm.stage import moved_tokens
 from common.engine.arena import Remap
 from common.engine.cells import CellStore
 from common.engine.instance import InstanceBooks, Moves
+from common.engine.relayout import plan as plan_heads
 from common.engine.runner import Item, LayerTimes, Remote, StageTimes
 from common.engine.sampler import SamplingParams
+from common.engine.shard import rank_info, rank_spec
+from common.engine.sharded import joined, same_cells, unlike
 from common.engine.spec import DecoderSpec
 from common.engine.weights import ParameterSource
 from common.engine.work import Batch, PlacePlan, plan_band
@@ -33,47 +36,47 @@ NOTHING = Remap(0, 0, 0)
 Place = tuple[int, Tier, NDArray[np.int32]]  # instance, tier, cells
 
 
-def rank_of(instance: int) -> int:
-    """Worker of an instance; rank 0 is the policy."""
-    return instance + 1
-
-
 class RemoteInstance(InstanceBooks):
-    """The books of an instance whose bytes are a worker's."""
+    """The books of an instance whose bytes are a worker's, or those of several: one for each of its ranks."""
 
     def __init__(self, hub: Hub, info: InstanceInfo, poison: bool) -> None:
         self.hub, self.info, self.poisoned = hub, info, poison
-        self.rank = rank_of(info.instance)
-        self.hub.post((self.rank, say.Start()))
+        self.ranks = hub.teams[info.instance]
+        self._tell(say.Start())
         self.num_cells = info.kv_cells
         self.open_books()
 
+    def _tell(self, order: Any) -> int:
+        """To all ranks."""
+        return self.hub.post(*((rank, order) for rank in self.ranks))
+
     def poison(self, tier: Tier, cells: NDArray[np.int64]) -> None:
-        self.hub.post((self.rank, say.Poison(tier, cells)))
+        self._tell(say.Poison(tier, cells))
 
     def drop_pages(self, layers: Layers) -> tuple[Remap, int]:
+        number = self._tell(say.DropPages(layers))
         try:
-            remap, num_cells = self.hub.ask(self.rank, say.DropPages(layers))
+            done = [self.hub.answer(rank, number) for rank in self.ranks]
         except Gone:  # its loss is about to be told; until then the books go on
             gained = (layers[1] - layers[0]) * self.info.layer_param_bytes // self.info.cell_bytes
             return NOTHING, self.stores[Tier.HBM].range.num_cells + gained
-        return remap, num_cells
+        return joined([remap for remap, _ in done]), same_cells([num for _, num in done])
 
     def widen(self, num_cells: int) -> None:
-        self.hub.post((self.rank, say.Widen(num_cells)))
+        self._tell(say.Widen(num_cells))
 
     def compact(self, num_cells: int, moves: Moves, free: NDArray[np.int64]) -> None:
-        self.hub.post((self.rank, say.Compact(num_cells, moves, free)))
+        self._tell(say.Compact(num_cells, moves, free))
 
     def move_cells(self, source: Tier, cells: NDArray[np.int64], goal: Tier, others: NDArray[np.int64]) -> None:
-        self.hub.post((self.rank, say.MoveCells(source, cells, goal, others)))
+        self._tell(say.MoveCells(source, cells, goal, others))
 
     def close(self) -> None:
-        """The worker gives the bytes back, and tells what it has sent and received (nothing if it is gone)."""
-        try:
-            self.hub.beats[self.rank] = self.hub.ask(self.rank, say.Stop())
-        except Gone:
-            return
+        """The workers give the bytes back, and tell what they have sent and received (nothing if they are gone)."""
+        number = self._tell(say.Stop())
+        for rank in self.ranks:
+            with suppress(Gone):
+                self.hub.beats[rank] = self.hub.answer(rank, number)
 
 
 class RemoteItem(Item):
@@ -101,22 +104,27 @@ class RemoteRunner:
         """Give the orders of a stage. No times: nobody has run it yet."""
         world, hub, times = self.world, self.world.hub, StageTimes()
         bands = tuple((band, tuple(self._plan(item.batch, home, band))) for band in item.batch.bands(layers))
+        ranks = hub.teams[home]
         hop = item.previous if item.previous not in (None, home) else None
-        if hop is not None:
-            hops = (rank_of(hop), say.SendHidden(item.lane, rank_of(home)))
-        stage = say.RunStage(item.lane, item.batch, [] if layers[0] else item.ids, layers, bands,
-                             None if hop is None else rank_of(hop))  # fmt: skip
-        orders: list[tuple[int, Any]] = [] if hop is None else [hops]
         # The hop has a number of its own at its sender only: both ends are told in one go.
-        orders.append((rank_of(home), stage))
+        orders, sources = ([], [None] * len(ranks)) if hop is None else self._hop(item.lane, hub.teams[hop], ranks)
+        ids = [] if layers[0] else item.ids
+        orders += [(rank, say.RunStage(item.lane, item.batch, ids, layers, bands, source))
+                   for rank, source in zip(ranks, sources)]  # fmt: skip
         for creditor in sorted({plan.instance for _, plans in bands for plan in plans[1:]}):
+            if len(hub.teams[creditor]) != len(ranks):
+                raise unlike(home, creditor)
             own = tuple((band, (plan,)) for band, plans in bands for plan in plans if plan.instance == creditor)
-            orders.append((rank_of(creditor), say.Attend(rank_of(home), item.batch.num_tokens, own)))
-        item.pending.append((rank_of(home), hub.post(*orders)))
+            orders += [(there, say.Attend(rank, item.batch.num_tokens, own))
+                       for rank, there in zip(ranks, hub.teams[creditor])]  # fmt: skip
+        number = hub.post(*orders)
+        item.pending += [(rank, number) for rank in reversed(ranks)]  # the first, which samples, is the last
         item.previous = home
         traffic: Counter[str] = Counter()
+        row = world.spec.hidden_size * world.spec.dtype.itemsize
         if hop is not None:
-            traffic["hidden"] = item.batch.num_tokens * world.spec.hidden_size * world.spec.dtype.itemsize
+            traffic["hidden"] = item.batch.num_tokens * row * len(ranks)
+        traffic["reduce"] = 2 * self._rows(item.batch, layers) * row * len(ranks) * (len(ranks) - 1)
         for band, plans in bands:
             remote = [world.traffic(plan, item.batch.num_tokens) for plan in plans[1:]]
             times.layers += [LayerTimes(0.0, list(remote)) for _ in range(*band)] if remote else []
@@ -124,6 +132,22 @@ class RemoteRunner:
         item.traffic += traffic
         world.ordered += traffic
         return times
+
+    @staticmethod
+    def _hop(lane: int, here: Sequence[int], there: Sequence[int]) -> tuple[list[tuple[int, Any]], list[int | None]]:
+        """Orders for hidden states to go from one stage's ranks, which all have them, to the next one's; and from whom
+        each of these has them."""
+        sources = [here[position % len(here)] for position in range(len(there))]
+        sends = [(rank, say.SendHidden(lane, tuple(to for to, source in zip(there, sources) if source == rank)))
+                 for rank in here]  # fmt: skip
+        return list(sends), list(sources)
+
+    def _rows(self, batch: Batch, layers: Layers) -> int:
+        """Rows of a stage's reductions, over its layers, of which each has two: in the last layer the sampled ones."""
+        last = self.world.spec.num_layers
+        if layers[1] < last:
+            return (layers[1] - layers[0]) * batch.num_tokens
+        return (layers[1] - layers[0] - 1) * batch.num_tokens + len(batch.sampled_rows())
 
     def _plan(self, batch: Batch, home: int, band: Layers) -> list[PlacePlan]:
         instances = self.world.instances
@@ -142,7 +166,7 @@ class RemoteRunner:
         while item.pending:
             rank, sequence = item.pending.pop(0)
             try:
-                item.sampled, lost = self.world.hub.answer(rank, sequence)
+                item.sampled, lost = self.world.hub.answer(rank, sequence)  # of the last stage, at last
                 self.world.unreachable(rank, *lost)
                 valid = valid and not lost
             except Gone:
@@ -157,7 +181,7 @@ class RemoteRunner:
         for rank, sequence in item.pending:
             hub.forget(rank, sequence)
         if item.previous is not None:
-            hub.post((rank_of(item.previous), say.Forget(item.lane)))
+            hub.post(*((rank, say.Forget(item.lane)) for rank in hub.teams[item.previous]))
 
 
 class RemoteWorld(EngineWorld):
@@ -168,8 +192,8 @@ class RemoteWorld(EngineWorld):
         devices: Sequence[str] = (), attention: str | None = None, sampling: SamplingParams | None = None,
         seed: int = 0, poison: bool = False, weights: str | None = None, source: ParameterSource | None = None,
     ) -> None:  # fmt: skip
-        """`devices`: of each instance, as its worker names it. `source` is for tests that compare: unused here."""
-        assert len(infos) <= hub.num_workers, f"{len(infos)} instances on {hub.num_workers} workers"
+        """`devices`: of each worker, as it names it. `source` is for tests that compare: unused here."""
+        assert len(infos) <= len(hub.teams), f"{len(infos)} instances on workers for {len(hub.teams)}"
         self.hub, self.infos, self.spec, self.block_size = hub, infos, spec, block_size
         self.seed, self.poison = seed, poison
         if source is not None:
@@ -181,11 +205,16 @@ class RemoteWorld(EngineWorld):
         self.runner: Any = RemoteRunner(self)
         self.device = torch.device(devices[0] if devices else "cpu")
         hub.beats.clear()
+        self.tps = tuple(info.tp for info in infos)
+        assert all(len(team) == tp for team, tp in zip(hub.teams, self.tps)), f"{self.tps} ranks on {hub.teams}"
         asked = []
         for index, info in enumerate(infos):
-            setup = say.Setup(info, spec, block_size, devices[index] if devices else "cpu", attention,
-                              sampling or SamplingParams(), poison, weights, seed)  # fmt: skip
-            asked.append((rank_of(info.instance), hub.post((rank_of(info.instance), setup))))
+            rank_spec(spec, self.tps[index])
+            own = rank_info(info, self.tps[index])
+            for rank in hub.teams[index]:
+                setup = say.Setup(own, spec, block_size, devices[rank - 1] if devices else "cpu", attention,
+                                  sampling or SamplingParams(), poison, weights, seed, hub.teams)  # fmt: skip
+                asked.append((rank, hub.post((rank, setup))))
         self._setups = dict(asked)
         self.attention = "none"
         for question in asked:
@@ -193,11 +222,12 @@ class RemoteWorld(EngineWorld):
                 self.attention = hub.answer(*question)["attention"]
 
     def traffic(self, plan: PlacePlan, num_tokens: int) -> Remote:
-        """Bytes of a creditor's part of a layer: the messages' contents."""
+        """Bytes of a creditor's part of a layer, of all its ranks: the messages' contents."""
         queries, writes = moved_tokens(plan, num_tokens)
-        spec, size = self.spec, self.spec.dtype.itemsize
+        spec, size, tp = self.spec, self.spec.dtype.itemsize, self.tps[plan.instance]
         query = spec.num_heads * spec.head_dim * size
-        out = len(queries) * query + len(writes) * 2 * spec.num_kv_heads * spec.head_dim * size
+        kv_heads = tp * rank_spec(spec, tp).num_kv_heads
+        out = len(queries) * query + len(writes) * 2 * kv_heads * spec.head_dim * size
         rows = sum(int(part.rows.q_len.sum()) for part in plan.passes)
         return Remote(plan.instance, out, rows * (query + 4 * spec.num_heads), 0.0)
 
@@ -227,7 +257,7 @@ class RemoteWorld(EngineWorld):
                 self.hub.lose(peer, f"worker {rank} cannot reach it")
 
     def stages(self) -> tuple[int, float, float]:
-        """Stages that workers ran, and the seconds of CPU and of the clock that these took."""
+        """Stages that workers ran, workers' CPU seconds since their first, and those of the clock that they took."""
         beats = [beat for rank, beat in self.hub.beats.items() if beat.setup == self._setups.get(rank)]
         return (sum(beat.stages for beat in beats), sum(beat.cpu_s for beat in beats),
                 sum(beat.wall_s for beat in beats))  # fmt: skip
@@ -250,41 +280,56 @@ class RemoteWorld(EngineWorld):
 
     def move(self, src: Place, dst: Place, tokens: tuple[int, int], first_block: int) -> bool:
         """Copy tokens between (instance, tier, cells); False if an instance is gone meanwhile."""
-        here, there = rank_of(src[0]), rank_of(dst[0])
-        if here == there:
-            self.hub.post((here, say.PutBlocks(*src[1:], *dst[1:], tokens, first_block)))
+        if src[0] == dst[0]:
+            put = say.PutBlocks(*src[1:], *dst[1:], tokens, first_block)
+            self.hub.post(*((rank, put) for rank in self.hub.teams[src[0]]))
             return True
         sequence = self.begin_move(src, dst, tokens, first_block)
-        return self.end_move(here, there, sequence, self.copy_bytes(src[2], tokens))
+        return self.end_move(src[0], dst[0], sequence, self.copy_bytes(dst, tokens))
 
-    def copy_bytes(self, cells: NDArray[np.int32], tokens: tuple[int, int]) -> int:
-        """Bytes of tokens in as many layers as there are rows of cells."""
-        spec = self.spec
-        return len(cells) * (tokens[1] - tokens[0]) * 2 * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+    def copy_bytes(self, dst: Place, tokens: tuple[int, int]) -> int:
+        """Bytes of tokens in as many layers as there are rows of cells, for all ranks of a destination."""
+        spec, tp = self.spec, self.tps[dst[0]]
+        heads = tp * rank_spec(spec, tp).num_kv_heads
+        return len(dst[2]) * (tokens[1] - tokens[0]) * 2 * heads * spec.head_dim * spec.dtype.itemsize
 
     def begin_move(self, src: Place, dst: Place, tokens: tuple[int, int], first_block: int) -> int:
         """Tell both ends of a copy between instances; the number under which the destination answers."""
-        here, there = rank_of(src[0]), rank_of(dst[0])
-        self.ordered["copies"] += self.copy_bytes(src[2], tokens)
-        send = say.SendCells(there, *src[1:], tokens, first_block)
-        return self.hub.post((here, send), (there, say.TakeCells(here, *dst[1:], tokens, first_block)))
+        here, there = self.hub.teams[src[0]], self.hub.teams[dst[0]]
+        self.ordered["copies"] += self.copy_bytes(dst, tokens)
+        slices = plan_heads(len(here), len(there), self.spec.num_kv_heads)
+        orders: list[tuple[int, Any]] = []
+        # In the order of destinations at each source, of sources at each destination: nobody waits in a circle.
+        for position, rank in enumerate(here):
+            to = tuple((there[one.dest], one.low, one.high) for one in slices if one.source == position)
+            if to:
+                orders.append((rank, say.SendCells(to, *src[1:], tokens, first_block)))
+        for position, rank in enumerate(there):
+            sources = tuple((here[one.source], one.num) for one in slices if one.dest == position)
+            orders.append((rank, say.TakeCells(sources, *dst[1:], tokens, first_block)))
+        return self.hub.post(*orders)
 
-    def end_move(self, here: int, there: int, sequence: int, num_bytes: int) -> bool:
-        """Is it there? Waits for the answer. The two are ranks."""
-        try:
-            lost = self.hub.answer(there, sequence)
-        except Gone:
-            return False
-        if lost is not None:
-            self.unreachable(there, here)
-            return False
-        self.acknowledged["copies"] += num_bytes
-        return True
+    def end_move(self, src: int, dst: int, sequence: int, num_bytes: int) -> bool:
+        """Is it there, with all ranks? Waits for their answers."""
+        there = True
+        for rank in self.hub.teams[dst]:
+            try:
+                lost = self.hub.answer(rank, sequence)
+            except Gone:
+                there = False
+                continue
+            if lost is not None:
+                self.unreachable(rank, lost)
+                there = False
+        self.acknowledged["copies"] += num_bytes if there else 0
+        return there
 
-    def abandon(self, rank: int, number: int) -> None:
-        """Nobody wants any more what a copy of this number brings to a worker."""
-        self.hub.post((rank, say.CancelTake(number)))
-        self.hub.forget(rank, number)
+    def abandon(self, instance: int, number: int) -> None:
+        """Nobody wants any more what a copy of this number brings to an instance."""
+        ranks = self.hub.teams[instance]
+        self.hub.post(*((rank, say.CancelTake(number)) for rank in ranks))
+        for rank in ranks:
+            self.hub.forget(rank, number)
 
     def load(self, index: int, layers: list[int], source: int | None) -> None:
         """Bring layers back to an instance, from a peer or from its own parameter source."""
@@ -292,24 +337,31 @@ class RemoteWorld(EngineWorld):
 
     def begin_load(self, index: int, layers: list[int], source: int | None) -> int:
         """Tell both ends; the number under which the instance's worker answers."""
-        rank, peer = rank_of(index), None if source is None else rank_of(source)
-        orders: list[tuple[int, Any]] = [] if peer is None else [(peer, say.SendLayers(rank, tuple(layers)))]
-        if peer is not None:
-            self.ordered["copies"] += len(layers) * self.infos[index].layer_param_bytes
-        return self.hub.post(*orders, (rank, say.Load(tuple(layers), peer)))
+        ranks = self.hub.teams[index]
+        if source is None:
+            return self.hub.post(*((rank, say.Load(tuple(layers), None)) for rank in ranks))
+        peers = self.hub.teams[source]
+        if len(peers) != len(ranks):
+            raise unlike(source, index)
+        self.ordered["copies"] += len(layers) * self.infos[index].layer_param_bytes
+        sends = [(peer, say.SendLayers(rank, tuple(layers))) for peer, rank in zip(peers, ranks)]
+        return self.hub.post(*sends, *((rank, say.Load(tuple(layers), peer)) for peer, rank in zip(peers, ranks)))
 
     def end_load(self, index: int, num_layers: int, source: int | None, sequence: int) -> bool:
         """Wait until they are there; False if the instance is gone meanwhile."""
-        try:
-            remaps, lost = self.hub.answer(rank_of(index), sequence)
-        except Gone:
-            return False
-        if lost is not None:
-            self.unreachable(rank_of(index), lost)
-        elif source is not None:
-            self.acknowledged["copies"] += num_layers * self.infos[index].layer_param_bytes
+        done = []
+        for rank in self.hub.teams[index]:
+            try:
+                remaps, lost = self.hub.answer(rank, sequence)
+            except Gone:
+                return False  # and with one rank all of them
+            if lost is not None:
+                self.unreachable(rank, lost)
+            elif source is not None:
+                self.acknowledged["copies"] += num_layers * self.infos[index].layer_param_bytes // self.tps[index]
+            done.append(remaps)
         if index in self.instances:
-            self.instances[index].remaps.restores += remaps
+            self.instances[index].remaps.restores += [joined(layer) for layer in zip(*done)]
         return True
 
     def describe(self) -> dict[str, str]:

@@ -17,15 +17,21 @@ from common.engine.spec import DecoderSpec, check_device
 # dimension is always contiguous) and live until the layer ends.
 _MLP_ROWS = 512  # rows of the MLP at once on a CPU: what they need in between stays in cache
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Reduce = Callable[[torch.Tensor], torch.Tensor]  # a rank's part of a sum [T, hidden] -> the sum over all ranks
 
 
 class Decoder:
-    """One dense decoder on one device. All calls are pure but for `layer` and `mlp`, which update `x` in place."""
+    """One dense decoder on one device, or (with `reduce`) one rank of it. All calls are pure but for `layer` and `mlp`,
+    which update `x` in place.
+
+    A rank has its own heads and its own part of the MLP's width. What it adds to the hidden states is a part of a sum,
+    so the residual is added after the reduction: once, not by each rank."""
 
     def __init__(self, spec: DecoderSpec, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
         self.spec = spec
         self.device = torch.device(device)
         self.dtype = dtype or spec.dtype
+        self.reduce: Reduce | None = None
         check_device(self.device, self.dtype)
         self.rope = RopeTable(spec, self.device, self.dtype)
         self._scratch = Scratch(self.device, self.dtype)
@@ -45,12 +51,30 @@ class Decoder:
     ) -> torch.Tensor:  # fmt: skip
         """One decoder layer over `x` [T, hidden], in place; returns `x`. With `rows` (the last layer: those that are
         sampled), what follows attention is computed for them alone, and they are returned in a new tensor."""
-        q, k, v = self.project(weights, x, rotation)
-        o = attend(q, k, v).reshape(x.shape[0], -1)
-        if rows is not None:
-            x, o = x.index_select(0, rows), o.index_select(0, rows)
+        if self.reduce is not None:
+            part = self.attention_part(weights, x, rotation, attend, rows)
+            x = x if rows is None else x.index_select(0, rows)
+            x.add_(self.reduce(part))
+            return x.add_(self.reduce(self.mlp_part(weights, x)))
+        o = self._attended(weights, x, rotation, attend, rows)
+        x = x if rows is None else x.index_select(0, rows)
         x.addmm_(o, weights.o)
         return self.mlp(weights, x)
+
+    def attention_part(
+        self, weights: LayerWeights, x: torch.Tensor, rotation: Rotation, attend: Attend,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """What the heads of these weights add to `x` (to its `rows`), in a new tensor [T, hidden]."""
+        return torch.mm(self._attended(weights, x, rotation, attend, rows), weights.o)
+
+    def _attended(
+        self, weights: LayerWeights, x: torch.Tensor, rotation: Rotation, attend: Attend, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[T, heads * size], of `rows` alone if these are given."""
+        q, k, v = self.project(weights, x, rotation)
+        o = attend(q, k, v).reshape(x.shape[0], -1)
+        return o if rows is None else o.index_select(0, rows)
 
     def project(
         self, weights: LayerWeights, x: torch.Tensor, rotation: Rotation
@@ -74,13 +98,28 @@ class Decoder:
 
     def mlp(self, weights: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         """Adds the gated MLP of `x` [T, hidden] to it, in place."""
-        inner = self.spec.intermediate_size
-        for rows in torch.split(x, _MLP_ROWS) if self.device.type == "cpu" else (x,):
-            gate_up = self._scratch.room("gate_up", len(rows), 2 * inner)
-            torch.mm(self.norm(rows, weights.post_norm), weights.gate_up, out=gate_up)
-            active = torch.ops.aten.silu.out(gate_up[:, :inner], out=self._scratch.room("active", len(rows), inner))
-            rows.addmm_(active.mul_(gate_up[:, inner:]), weights.down)
+        for rows in self._few(x):
+            rows.addmm_(self._gated(weights, rows), weights.down)
         return x
+
+    def mlp_part(self, weights: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+        """What this part of the MLP's width adds to `x` [T, hidden], in a new tensor."""
+        out = torch.empty_like(x)
+        for rows, part in zip(self._few(x), self._few(out)):
+            torch.mm(self._gated(weights, rows), weights.down, out=part)
+        return out
+
+    def _few(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As many rows at once as are good for the cache."""
+        return torch.split(x, _MLP_ROWS) if self.device.type == "cpu" else (x,)
+
+    def _gated(self, weights: LayerWeights, rows: torch.Tensor) -> torch.Tensor:
+        """[n, intermediate], valid until the next call."""
+        inner = self.spec.intermediate_size
+        gate_up = self._scratch.room("gate_up", len(rows), 2 * inner)
+        torch.mm(self.norm(rows, weights.post_norm), weights.gate_up, out=gate_up)
+        active = torch.ops.aten.silu.out(gate_up[:, :inner], out=self._scratch.room("active", len(rows), inner))
+        return active.mul_(gate_up[:, inner:])  # type: ignore[no-any-return]
 
     def logits(self, x_rows: torch.Tensor, norm: torch.Tensor, head: Head) -> torch.Tensor:
         """Logits [n, vocab] of the hidden states [n, hidden] of those tokens that need them."""

@@ -20,6 +20,7 @@ from common.engine.graphs import make_graphs
 from common.engine.head import Head
 from common.engine.instance import EngineInstance
 from common.engine.model import Attend, Decoder
+from common.engine.rope import Rotation
 from common.engine.sampler import Draw, SamplingParams, sample
 from common.engine.weights import ParameterSource
 from common.engine.work import Batch, PlacePlan, plan_band, to_device
@@ -163,12 +164,18 @@ class Runner:
         for band in item.batch.bands(layers):
             places = self._prepare(item.batch, home, band)
             for layer in range(*band):
-                attend = self._attend(places, layer - band[0], times)
-                weights = self.instances[home].layer(layer)
                 rows = self._sampled_rows(item) if layer == last else None
-                item.hidden = self.decoder.layer(weights, item.hidden, rotation, attend, rows)
+                item.hidden = self._layer(home, layer, item.hidden, rotation, places, layer - band[0], times, rows)
         if layers[1] > last:
             self._sample(item)
+
+    def _layer(
+        self, home: int, layer: int, x: Tensor, rotation: Rotation, places: list[Place], at: int, times: StageTimes,
+        rows: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """One layer, the `at`-th of its band, over `x`."""
+        return self.decoder.layer(
+            self.instances[home].layer(layer), x, rotation, self._attend(places, at, times), rows)  # fmt: skip
 
     # ------------------------------------------------------------ attention
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from common.engine.instance import EngineInstance, RemapLog, move_blocks
 from common.engine.model import Decoder
 from common.engine.runner import Item, Runner, StageTimes
 from common.engine.sampler import SamplingParams
+from common.engine.shard import rank_spec
+from common.engine.sharded import ShardedInstance, ShardSources, TurnRunner, exchange, unlike
 from common.engine.spec import DecoderSpec
 from common.engine.weights import ParameterSource
 from common.kernels.select import choose
@@ -44,19 +47,25 @@ class EngineWorld:
         self.device = torch.device(device)
         self.seed = seed
         self.poison = poison
-        self.instances: dict[int, EngineInstance] = {}
+        self.tps = tuple(info.tp for info in infos)
+        self._shards = ShardSources(source)
+        self.instances: dict[int, Any] = {}  # EngineInstance or ShardedInstance
         self._gone: list[RemapLog] = []  # of instances that were stopped or lost
         decoder = Decoder(spec, self.device, spec.dtype)
         self.backend = choose(self.device, spec.dtype, block_size, attention)
-        self.runner = Runner(
-            decoder, source, self.backend, self.instances, block_size, sampling, poison, graphs, max_len
-        )
+        kind = TurnRunner if max(self.tps) > 1 else Runner
+        self.runner = kind(decoder, source, self.backend, self.instances, block_size, sampling, poison, graphs, max_len)
 
     def start(self, index: int) -> None:
         """An instance with all its parameters and an empty KV range."""
         assert index not in self.instances, f"instance {index} is there already"
+        info, tp = self.infos[index], self.tps[index]
+        if tp > 1:
+            self.instances[index] = ShardedInstance(info, rank_spec(self.spec, tp), self.device, self.block_size,
+                                                    self._shards.of(tp), self.poison)  # fmt: skip
+            return
         self.instances[index] = EngineInstance(
-            self.infos[index], self.spec, self.spec.dtype, self.device, self.block_size, self.source, self.poison
+            info, self.spec, self.spec.dtype, self.device, self.block_size, self.source, self.poison
         )
 
     def stop(self, index: int) -> None:
@@ -80,11 +89,16 @@ class EngineWorld:
     ) -> bool:  # fmt: skip
         """Copy tokens between (instance, tier, cells `[layers, blocks]`); False if an instance is gone meanwhile."""
         here, there = self.instances[src[0]], self.instances[dst[0]]
-        move_blocks(here, *src[1:], there, *dst[1:], tokens, first_block, self.block_size)
+        if self.tps[src[0]] == self.tps[dst[0]] == 1:
+            move_blocks(here, *src[1:], there, *dst[1:], tokens, first_block, self.block_size)
+        else:
+            exchange(here, *src[1:], there, *dst[1:], tokens, first_block, self.spec.num_kv_heads)
         return True
 
     def load(self, index: int, layers: list[int], source: int | None) -> None:
-        """Bring layers back to an instance, from a peer or from the parameter source."""
+        """Bring layers back to an instance, from a peer of its TP or from the parameter source."""
+        if source is not None and self.tps[source] != self.tps[index]:
+            raise unlike(source, index)
         self.instances[index].load(layers, None if source is None else self.instances[source])
 
     def describe(self) -> dict[str, str]:

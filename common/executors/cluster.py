@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -31,7 +31,8 @@ class StageCost(Protocol):
 
 @dataclass(frozen=True)
 class ClusterModel:
-    """A homogeneous cluster of instances, or (`pools`) several of one model each over the same GPUs.
+    """A homogeneous cluster of instances, or (`pools`) several of one model each over the same GPUs. Instances of
+    different TP: `tps` has each one's, `costs` the costs by TP, and links are those of one GPU.
 
     `kv_cells`: cells of an instance with all layers resident. `cost(num_layers, first, last)` gives a stage's times.
     `query_bytes`/`partial_bytes`: what remote attention ships per token and layer (q out; o and lse back).
@@ -59,6 +60,16 @@ class ClusterModel:
     stall_ns: int = 600_000_000_000
     extra: dict[str, float] = field(default_factory=dict)
     pools: tuple[ClusterModel, ...] = ()
+    tps: tuple[int, ...] = ()
+    costs: Mapping[int, Callable[[int, bool, bool], StageCost]] = field(default_factory=dict)
+
+    def tp(self, instance: int) -> int:
+        """GPUs of an instance where they differ; 1 where all are alike, as costs and links are then those of all."""
+        return self.tps[instance] if self.tps else 1
+
+    def cost_at(self, instance: int) -> Callable[[int, bool, bool], StageCost]:
+        """`cost` of an instance's stages."""
+        return self.costs[self.tps[instance]] if self.tps else self.cost
 
     def info(self) -> ClusterInfo:
         """What policies may know."""
@@ -77,7 +88,8 @@ class ClusterModel:
     def link(self, src: int, dst: int) -> LinkSpec:
         """The link between two instances: NVLink inside a node, NIC across."""
         same = self.instances[src].node == self.instances[dst].node
-        return self.nvlink if same else self.nic
+        spec = self.nvlink if same else self.nic
+        return spec._replace(bandwidth=spec.bandwidth * min(self.tp(src), self.tp(dst))) if self.tps else spec
 
     def ports(self, src: int, dst: int) -> tuple[Port, ...]:
         """The ports that a copy crosses; `src == dst` is a copy over PCIe to or from the host."""
@@ -90,10 +102,11 @@ class ClusterModel:
         """All ports at rest."""
         network = Network()
         for info in self.instances:
+            width = self.tp(info.instance)
             for medium, spec in (("nvlink", self.nvlink), ("nic", self.nic)):
-                network.set_port((f"{medium}-out", info.instance), spec.bandwidth)
-                network.set_port((f"{medium}-in", info.instance), spec.bandwidth)
-            network.set_port(("pcie", info.instance), self.pcie.bandwidth)
+                network.set_port((f"{medium}-out", info.instance), spec.bandwidth * width)
+                network.set_port((f"{medium}-in", info.instance), spec.bandwidth * width)
+            network.set_port(("pcie", info.instance), self.pcie.bandwidth * width)
         return network
 
     def hop_ns(self, src: int, dst: int, tokens: int) -> int:

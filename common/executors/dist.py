@@ -10,7 +10,7 @@ from heapq import heappush
 from typing import Any
 
 from common.comm.peers import KINDS
-from common.comm.world import RemoteItem, RemoteWorld, rank_of
+from common.comm.world import RemoteItem, RemoteWorld
 from common.errors import KVPlaneError
 from common.executors.local import LocalExecutor
 from common.executors.localbooks import LocalLosses
@@ -50,7 +50,7 @@ class DistExecutor(LocalExecutor):
 
     def _tell_losses(self) -> bool:
         """Plan `InstanceLost`, now, for workers found gone since the last look. Were there any?"""
-        gone = [info.instance for info in self.cluster.instances if not self.world.hub.alive(rank_of(info.instance))]
+        gone = [info.instance for info in self.cluster.instances if not self._alive(info.instance)]
         fresh = [instance for instance in gone if instance not in self._noticed]
         for instance in fresh:
             self._noticed.add(instance)
@@ -59,10 +59,14 @@ class DistExecutor(LocalExecutor):
             self.world.settle()
         return bool(fresh)
 
+    def _alive(self, instance: int) -> bool:
+        """Are all of its workers there, as far as is known?"""
+        return self.world.hub.alive(*self.world.hub.teams[instance])
+
     def came_up(self, instance: int) -> None:
         """As in local. Workers do not come back: without one the instance is lost again at once."""
         super().came_up(instance)
-        if not self.world.hub.alive(rank_of(instance)):
+        if not self._alive(instance):
             self.control.lose_at(self.state.now, instance)
 
     def copied(self, command: CopySpan) -> bool | None:
@@ -88,7 +92,7 @@ class DistExecutor(LocalExecutor):
     def _again(self, lane: SimLane, sequence: int) -> None:
         """A boundary whose result is missing: first the loss that explains it, which voids it."""
         self.world.hub.drain(1.0)
-        if not self._tell_losses() and self.world.hub.alive(*(rank_of(place) for place in self._places(lane))):
+        if not self._tell_losses() and all(self._alive(place) for place in self._places(lane)):
             raise KVPlaneError(f"lane {lane.id}: an iteration failed, but no worker of it is gone: a connection broke")
         heappush(self.state.heap, (self.state.now, DONE, lane.id, sequence, self._item_end, lane))
 
@@ -100,7 +104,9 @@ class DistExecutor(LocalExecutor):
     def report(self) -> dict[str, Any]:
         """As in local, and what the workers sent each other: as planned, and as counted on the wire."""
         self.world.close()
-        lost = {str(rank - 1): how for rank, how in self.world.hub.lost.items()}
+        hub, lost = self.world.hub, dict[str, str]()
+        for rank, how in hub.lost.items():
+            lost.setdefault(str(hub.instance_of[rank]), how)
         sent, received = self.world.wire()
         counts = {"ordered": self.world.ordered, "acknowledged": self.world.acknowledged, "sent": sent,
                   "received": received}  # fmt: skip

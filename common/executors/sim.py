@@ -110,7 +110,7 @@ class SimExecutor:
         self.serving = Serving(record.serving)
         self.generated = self.members.generated
         self._segments = record.segments.packed
-        self._costs: dict[tuple[int, int, bool, bool], StageCost] = {}
+        self._costs: dict[tuple[int, int, int, bool, bool], StageCost] = {}
         self._submit: dict[type, Any] = {
             RunStep: self._run_step,
             Interrupt: self._interrupt,
@@ -212,10 +212,10 @@ class SimExecutor:
         low, high = stage.layers
         cluster = self.cluster.of(stage.instance)
         model = cluster.instances[0].model
-        key = (model, high - low, low == 0, high == cluster.num_layers)
+        key = (model, cluster.tp(stage.instance), high - low, low == 0, high == cluster.num_layers)
         cost = self._costs.get(key)
         if cost is None:
-            cost = self._costs[key] = cluster.cost(*key[1:])
+            cost = self._costs[key] = cluster.cost_at(stage.instance)(*key[2:])
         return cost
 
     def _run_step(self, command: RunStep) -> None:

@@ -158,7 +158,8 @@ class Moves:
     def _put(self, copy: Copy, tokens: int, not_before: int, calls: int) -> None:
         """Give a promised piece to the links."""
         command, cluster = copy.command, self.state.cluster
-        num_bytes = self._bytes(tokens, command.layers[1] - command.layers[0], command.src)
+        # of the destination: where KV heads are fewer than its ranks, each that holds one gets it
+        num_bytes = self._bytes(tokens, command.layers[1] - command.layers[0], command.dst)
         copy.sent_bytes += num_bytes
         ports = cluster.ports(command.src, command.dst)
         latency = cluster.pcie.latency_ns if command.src == command.dst else (

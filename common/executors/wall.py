@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from heapq import heappop
 from typing import Any
 
-from common.comm.world import RemoteItem, rank_of
+from common.comm.world import RemoteItem
 from common.errors import Stalled
 from common.executors.dist import DistExecutor
 from common.executors.network import Flow
@@ -172,17 +172,21 @@ class WallExecutor(DistExecutor):
         """Workers do one thing after the other: what is ordered now comes after the iteration that runs."""
         return self.state.now
 
+    def _first(self, instance: int) -> int:
+        """The rank that speaks for an instance; others are waited for when it has spoken."""
+        return self.world.hub.teams[instance][0]
+
     def copied(self, command: CopySpan) -> bool | None:
         """Tell both ends; the destination will say when it is there."""
         here, there, tokens, first = self._ends(command)
         if command.src == command.dst:
             return self.world.move(here, there, tokens, first)
-        size = self.world.copy_bytes(here[2], tokens)
-        key = rank_of(command.dst), self.world.begin_move(here, there, tokens, first)
+        size = self.world.copy_bytes(there, tokens)
+        key = self._first(command.dst), self.world.begin_move(here, there, tokens, first)
 
         def ended(key: Key) -> None:
             self._copying.pop(command.command_id, None)
-            ok = self.world.end_move(rank_of(command.src), key[0], key[1], size)
+            ok = self.world.end_move(command.src, command.dst, key[1], size)
             self.moves.landed(command.command_id, ok)
 
         self._others[key] = ended
@@ -193,7 +197,7 @@ class WallExecutor(DistExecutor):
         """Its cells may be another's soon: what still comes must not be put there."""
         key = self._copying.pop(command.command_id, None)
         if key is not None and self._others.pop(key, None) is not None:
-            self.world.abandon(*key)
+            self.world.abandon(command.dst, key[1])
 
     def layers_loaded(self, command: LoadLayers, missing: Sequence[int], loaded: Callable[[], None]) -> None:
         """Tell both ends; the destination will say when they are there."""
@@ -203,4 +207,4 @@ class WallExecutor(DistExecutor):
             if self.world.end_load(command.instance, len(missing), command.source, key[1]):
                 loaded()
 
-        self._others[rank_of(command.instance), number] = ended
+        self._others[self._first(command.instance), number] = ended

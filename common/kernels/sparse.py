@@ -75,7 +75,7 @@ class SparseBucket:
         if heads not in self._bags:
             _, num_rows, keys = self.keys_LRS.shape
             queries = torch.arange(num_rows * heads)
-            owner = queries.view(num_rows, 1, heads).expand(num_rows, keys, heads).reshape(-1)
+            owner = queries.view(num_rows, 1, heads).expand(num_rows, keys, heads).reshape(-1).contiguous()
             self._bags[heads] = Bags(owner, torch.arange(0, len(owner), keys // self.chunks))
         return self._bags[heads]
 

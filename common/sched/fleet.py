@@ -286,6 +286,8 @@ class FleetPolicy:
             if home is None or here not in self.lanes or request_id in self.mover.by_request:
                 continue
             lane, seq = self.lanes[here], self.seqs[request_id]
+            if request_id in lane.promised:
+                continue  # its blocks are here: it starts here, and migrates then
             if seq in lane.waiting:
                 lane.waiting.remove(seq)
                 self._submit(seq, home, out)

@@ -2,7 +2,8 @@
 
 Everything that could be outgrown by a running leap happens at a boundary: `schedule` takes the leaving ones out, lets
 those join whose KV is there, and then batches as ever. `reserved` blocks are charged to the ledger: KV on its way in,
-and KV parked here. Prefix caching is not supported.
+and KV parked here. `promised` ones are too, though nothing is in them yet: who comes without KV finds them, ahead of
+whoever else waits. Prefix caching is not supported.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ from common.types import Command, Entry, FreeSpan, RunStep, Stage, StepDone
 
 
 class MigratingLane(LaneScheduler):
-    """See the module docstring. `left`, `preempted` and `joined` are for the owner to take after each `schedule`."""
+    """See the module docstring. `left`, `kept`, `preempted` and `joined` are for the owner to take after each
+    `schedule`."""
 
     def __init__(self, lane: int, stages: tuple[Stage, ...], num_blocks: int, config: EngineConfig) -> None:
         if config.prefix_caching:
             raise ValueError("a lane with migration has no prefix cache")
         super().__init__(lane, stages, num_blocks, config)
         self.reserved: dict[int, int] = {}  # request -> blocks
+        self.promised: dict[int, int] = {}  # request -> blocks, until it starts here
         self.joining: list[Seq] = []  # their KV is here; `computed` tokens of it
-        self.leaving: dict[int, bool] = {}  # request -> does its KV stay parked here (else it is freed)
-        self.left: list[tuple[Seq, bool]] = []
+        self.leaving: dict[int, int | None] = {}  # None: its KV stays parked here; else it is freed, and these blocks
+        self.left: list[Seq] = []  # are promised elsewhere
+        self.kept: list[int] = []  # they have outgrown what is promised elsewhere, and stay
         self.preempted: list[int] = []
         self.joined: list[int] = []
         self.seen = 0  # the lane's clock by the last report
@@ -36,7 +40,11 @@ class MigratingLane(LaneScheduler):
     @property
     def empty(self) -> bool:
         """Nobody is here or on the way here."""
-        return not (self.running or self.waiting or self.reserved or self.joining or self.busy)
+        return not (self.running or self.waiting or self.reserved or self.promised or self.joining or self.busy)
+
+    def used_blocks(self) -> int:
+        """Those that hold or await KV; promised ones do not yet."""
+        return self.num_blocks - self.free - sum(self.promised.values())
 
     def stored(self, seq: Seq) -> int:
         """Tokens whose KV is here for certain."""
@@ -60,6 +68,31 @@ class MigratingLane(LaneScheduler):
         """Give back what was reserved for a request, or what it had parked here."""
         self.free += self.reserved.pop(request_id, 0)
 
+    def promise(self, request_id: int, blocks: int) -> bool:
+        """Keep so many blocks, in all, for a request that is to come without KV, if they are free."""
+        more = blocks - self.promised.get(request_id, 0)
+        if more > self.free:
+            return False
+        self.free -= more
+        self.promised[request_id] = blocks
+        return True
+
+    def retract(self, request_id: int) -> None:
+        """It does not come."""
+        self.free += self.promised.pop(request_id, 0)
+
+    def submit(self, seq: Seq, out: list[Command]) -> None:
+        """As the base; who has a promise is let in at the next boundary."""
+        if seq.request_id not in self.promised:
+            super().submit(seq, out)
+            return
+        self.waiting.append(seq)
+        if not self.busy:
+            self.schedule(out)
+        elif not self.stopping and len(self.running) < self.config.max_num_seqs:
+            self.stopping = True
+            out.append(self._interrupt)
+
     def step_done(self, event: StepDone, out: list[Command]) -> list[Seq]:
         """As the base, and the clock is seen."""
         done = super().step_done(event, out)
@@ -72,13 +105,17 @@ class MigratingLane(LaneScheduler):
         for seq in self.joining:
             seq.computed = 0
         orphans += self.joining
-        self.joining, self.reserved, self.leaving = [], {}, {}
+        self.joining, self.reserved, self.promised, self.leaving = [], {}, {}, {}
         return orphans
 
     def schedule(self, out: list[Command]) -> None:
         """At a boundary: who leaves, who joins, then as ever."""
         park, remove = self._take_leaving() if self.leaving else ((), ())
         joins = self._take_joining(out) if self.joining else ()
+        if self.promised and self.waiting:  # first: blocks that are kept for them help nobody else
+            order = sorted(self.waiting, key=lambda seq: seq.request_id not in self.promised)
+            self.waiting.clear()
+            self.waiting.extend(order)
         mark = len(out)
         super().schedule(out)
         step = out[-1] if len(out) > mark else None
@@ -93,25 +130,28 @@ class MigratingLane(LaneScheduler):
 
     def _take_leaving(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         park, remove = [], []
-        for request_id, keep in list(self.leaving.items()):
+        for request_id, promised in list(self.leaving.items()):
             seq = self.running.get(request_id)
             if seq is not None and not seq.decoding:
                 continue  # a prompt is finished first
             del self.leaving[request_id]
             if seq is None:
                 continue  # it finished, or was preempted
-            del self.running[request_id]
             stored = seq.offset + self.iteration
+            if promised is not None and self._blocks(stored + 1) > promised:
+                self.kept.append(request_id)
+                continue
+            del self.running[request_id]
             self.phase.remove(seq.offset)
             seq.known, seq.decoding = stored + 1, False
-            seq.computed = stored if keep else 0
-            if keep:
+            seq.computed = stored if promised is None else 0
+            if promised is None:
                 self.reserved[request_id] = self._blocks(stored)
                 park.append(request_id)
             else:
                 self.free += self._blocks(stored)
                 remove.append(request_id)
-            self.left.append((seq, keep))
+            self.left.append(seq)
         return tuple(park), tuple(remove)
 
     def _take_joining(self, out: list[Command]) -> tuple[Entry, ...]:
@@ -123,7 +163,7 @@ class MigratingLane(LaneScheduler):
             self.phase.add(offset)
             if self.phase.next_growth(self.iteration) > self.free:
                 self.phase.remove(offset)
-                if self.running or len(self.reserved) > len(self.joining):
+                if self.running or self.promised or len(self.reserved) > len(self.joining):
                     break
                 self._give_up(self.joining.pop(0), out)
                 continue
@@ -143,9 +183,23 @@ class MigratingLane(LaneScheduler):
         self.waiting.appendleft(seq)
 
     def _admit(self, added: list[Entry], out: list[Command]) -> bool:
-        """What is reserved comes back: nobody has outgrown the instance on its account."""
-        if self.reserved and not self.running:
+        """What is reserved comes back, what is promised will run: nobody has outgrown the instance on that account."""
+        head = self.waiting[0]
+        if (self.reserved or self.promised) and not self.running and head.request_id not in self.promised:
             growth = self.phase.next_growth(self.iteration) + self.watermark
-            if self._blocks(self.waiting[0].known) + growth > self.free:
+            if self._blocks(head.known) + growth > self.free:
                 return False
         return super()._admit(added, out)
+
+    def _try(self, seq: Seq, reserve: int, out: list[Command]) -> Entry | None:
+        """Who has a promise takes what is kept for it; the watermark is for others."""
+        promised = self.promised.get(seq.request_id)
+        if promised is None:
+            return super()._try(seq, reserve, out)
+        self.free += promised
+        entry = super()._try(seq, reserve - self.watermark, out)
+        if entry is None:
+            self.free -= promised
+        else:
+            del self.promised[seq.request_id]
+        return entry

@@ -1,11 +1,12 @@
 """Live migration of one request, as a table of states; `Mover` drives any number of them over migrating lanes.
 
     RESERVING -> COPYING -> (more grew meanwhile) RESERVING ... -> PARKING -> TAIL -> done
-    REMOVING -> done                                                  (as tokens: computed anew at the destination)
+    RESERVING -> REMOVING (-> outgrew it: RESERVING) -> done          (as tokens: computed anew at the destination)
 
 While full blocks are copied the request decodes on at the source; the last piece goes once it is parked at a boundary
 (its stall begins there). The destination reserves before anything is copied and the source frees after the last
-acknowledgement. Whatever fails before that leaves the request at the source.
+acknowledgement. As tokens, the destination promises the blocks of all that the request knows before the source removes
+it. Whatever fails before that leaves the request at the source.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from common.sched.lane import Seq
 from common.sched.migrating import MigratingLane
 from common.types import Command, CopyDone, CopySpan, FreeSpan, Interrupt, Status
 
-MAX_STAGES = 3  # as Llumnix: then the rest goes in the last piece, however long
+MAX_STAGES = 3  # as Llumnix: then the rest goes in the last piece, however long; as tokens: attempts to reserve
 TAIL_TOKENS = 256  # 16 blocks of 16: below this the last piece begins
 Mode = Literal["kv", "tokens"]
 
@@ -61,7 +62,9 @@ class MoveStats:
     aborted: int = 0
     kv_bytes: int = 0
     recomputed_tokens: int = 0
-    stalls_ns: dict[int, list[int]] = field(default_factory=dict)  # by request, one entry per finished migration
+    # by request, one entry per finished migration; as tokens it ends when the policy hears of it, up to an epoch late
+    stalls_ns: dict[int, list[int]] = field(default_factory=dict)
+    left_ns: list[tuple[int, int]] = field(default_factory=list)  # (request, when its stall began), the same migrations
 
 
 class Mover:
@@ -86,9 +89,11 @@ class Mover:
         self._stalled: dict[int, int] = {}  # request -> when it left its source and stood still
 
     def in_flight(self, seqs: Mapping[int, Seq]) -> dict[int, int]:
-        """Tokens still to be copied out of or into instances."""
+        """Tokens whose KV is still to be copied out of or into instances."""
         busy: dict[int, int] = {}
         for move in self.by_request.values():
+            if move.mode == "tokens":
+                continue
             left = max(0, move.src.stored(seqs[move.request_id]) - move.done)
             for lane in (move.src, move.dst):
                 busy[lane.instance] = busy.get(lane.instance, 0) + left
@@ -98,14 +103,9 @@ class Mover:
 
     def start(self, seq: Seq, src: MigratingLane, dst: MigratingLane, mode: Mode, now: int, out: list[Command]) -> None:
         """Begin to move a decoding request."""
-        state = State.RESERVING if mode == "kv" else State.REMOVING
-        move = self.by_request[seq.request_id] = Migration(seq.request_id, src, dst, mode, state)
+        move = self.by_request[seq.request_id] = Migration(seq.request_id, src, dst, mode, State.RESERVING)
         self.stats.started += 1
-        if mode == "tokens":
-            src.leaving[seq.request_id] = False
-            self.touch(src, now, out)
-        else:
-            self._reserve(move, now, out)
+        self._reserve(move, now, out)
 
     def _reserve(self, move: Migration, now: int, out: list[Command]) -> None:
         self._wishes.setdefault(move.dst.lane, []).append(move)
@@ -131,15 +131,20 @@ class Mover:
         self.settle(lane, now, out)
 
     def settle(self, lane: MigratingLane, now: int, out: list[Command]) -> None:
-        """After a lane's `schedule`: who was preempted moves no more as KV; who left goes on."""
+        """After a lane's `schedule`: who was preempted moves no more; who left goes on."""
         preempted, lane.preempted = lane.preempted, []
         left, lane.left = lane.left, []
+        kept, lane.kept = lane.kept, []
         joined, lane.joined = lane.joined, []
         for request_id in joined:
             self._goes_on(request_id, now)
         for request_id in preempted:
-            self.drop(request_id, out)
-        for seq, _ in left:
+            self._give_up(request_id, out)
+        for request_id in kept:
+            if (move := self.by_request.get(request_id)) is not None:
+                move.state = State.RESERVING
+                self._reserve(move, now, out)
+        for seq in left:
             move = self.by_request[seq.request_id]
             move.parked_ns = now
             if move.mode == "tokens":
@@ -154,6 +159,9 @@ class Mover:
 
     def _grant(self, move: Migration, now: int, out: list[Command]) -> None:
         """At a boundary of the destination."""
+        if move.mode == "tokens":
+            self._promise(move, now, out)
+            return
         lane, size = move.dst, move.dst.config.block_size
         if move.parked is not None:
             goal, move.state = move.parked.computed, State.TAIL
@@ -175,6 +183,23 @@ class Mover:
         self._copies[command_id] = move
         out.append(CopySpan(command_id, move.request_id, move.src.instance, lane.instance, (0, self.num_layers),
                             (move.done, goal)))  # fmt: skip
+
+    def _promise(self, move: Migration, now: int, out: list[Command]) -> None:
+        """At a boundary of the destination: blocks for all that the request knows, and one that it may grow by until
+        its source is at a boundary. Then it leaves, unless it has outgrown them."""
+        seq, lane = move.src.running.get(move.request_id), move.dst
+        if seq is None or not seq.decoding:
+            self.drop(move.request_id, out)
+            return
+        need = -(-(move.src.stored(seq) + 1) // lane.config.block_size)
+        blocks = max(need, min(need + 1, lane.num_blocks))
+        if move.stages == MAX_STAGES or not lane.promise(move.request_id, blocks):
+            self.abort(move, now, out)
+            return
+        move.stages += 1
+        move.state = State.REMOVING
+        move.src.leaving[move.request_id] = blocks
+        self.touch(move.src, now, out)
 
     def copied(self, event: CopyDone, now: int, out: list[Command]) -> None:
         """A piece has arrived, or not."""
@@ -206,7 +231,7 @@ class Mover:
             self._reserve(move, now, out)
         else:
             move.state = State.PARKING
-            move.src.leaving[move.request_id] = True
+            move.src.leaving[move.request_id] = None
             self.touch(move.src, now, out)
 
     def _arrived(self, move: Migration, now: int, out: list[Command]) -> None:
@@ -232,6 +257,7 @@ class Mover:
         since = self._stalled.pop(request_id, None)
         if since is not None:
             self.stats.stalls_ns.setdefault(request_id, []).append(now - since)
+            self.stats.left_ns.append((request_id, since))
 
     # ------------------------------------------------------------ ends
 
@@ -244,16 +270,24 @@ class Mover:
 
     def drop(self, request_id: int, out: list[Command], dst_alive: bool = True) -> None:
         """A request that was on its way is not any more (it finished, was preempted, or its source died)."""
-        move = self.by_request.pop(request_id, None)
         self._stalled.pop(request_id, None)
+        self._give_up(request_id, out, dst_alive)
+
+    def _give_up(self, request_id: int, out: list[Command], dst_alive: bool = True) -> None:
+        """The migration ends here; if it had arrived and stands still, it still does."""
+        move = self.by_request.pop(request_id, None)
         if move is None:
             return
         self.stats.aborted += 1
+        lane = move.dst
         move.src.leaving.pop(request_id, None)
-        if dst_alive and move.mode == "kv" and request_id in move.dst.reserved:
-            out.append(FreeSpan(move.dst.instance, request_id))
-            move.dst.release(request_id)
-            self._freed[move.dst.lane] = move.dst
+        if dst_alive and move.mode == "kv" and request_id in lane.reserved:
+            out.append(FreeSpan(lane.instance, request_id))
+            lane.release(request_id)
+            self._freed[lane.lane] = lane
+        elif dst_alive and request_id in lane.promised:
+            lane.retract(request_id)
+            self._freed[lane.lane] = lane
 
     def wake(self, now: int, out: list[Command]) -> None:
         """At the end of each event: whoever waits at an idle lane for blocks that a dropped move gave back, starts."""

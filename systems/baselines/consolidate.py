@@ -51,11 +51,15 @@ class FitPlanner:
             self.sizes[request_id] = size
             self._put(request_id, self._choose(size))
         moved: dict[int, None] = {}
-        for place in list(self.loads):  # what has outgrown its GPU: the last to come is an incoming request again
-            while self.loads[place] > self.capacity and len(self.members[place]) > 1:
-                self._shift(next(reversed(self.members[place])), None, moved)
+        for place in list(self.loads):
+            self.relieve(place, moved)
         self.rearrange(moved)
         return moved
+
+    def relieve(self, place: int, moved: dict[int, None]) -> None:
+        """What has outgrown its GPU: the last to come is an incoming request again."""
+        while self.loads[place] > self.capacity and len(self.members[place]) > 1:
+            self._shift(next(reversed(self.members[place])), None, moved)
 
     def rearrange(self, moved: dict[int, None]) -> None:
         """Move more: nothing."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from common.errors import ConfigError
 from common.policy import Gauge
+from common.sched.alike import need_alike
 from common.sched.dispatch import Dispatch, Dispatcher
 from common.sched.lane import EngineConfig, Seq
 from common.sched.ledger import CellLedger
@@ -61,6 +62,7 @@ class DcpPolicy(ServingEvents):
                  dispatch: Dispatch = "least_outstanding") -> None:  # fmt: skip
         if engine.prefix_caching or engine.rule is not Rule.CHUNKED:
             raise ConfigError("system=dcp: use engine.prefix_caching=false and engine.scheduler=chunked")
+        need_alike("dcp", cluster)
         self.cluster = cluster
         self.engine = engine
         self.groups = [Group(members) for members in groups_of(cluster, size)]

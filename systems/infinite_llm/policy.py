@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from common.errors import ConfigError
 from common.policy import Gauge
+from common.sched.alike import need_alike
 from common.sched.dispatch import Dispatcher
 from common.sched.lane import EngineConfig, LaneScheduler, Seq
 from common.types import (
@@ -48,6 +49,8 @@ class InfiniteLlmPolicy:
         if self.on and engine.prefix_caching:
             raise ConfigError("system=infinite_llm: engine.prefix_caching needs system.mode=off (a borrowed block "
                               "would have two owners)")  # fmt: skip
+        if self.on:
+            need_alike("infinite_llm", cluster)
         self._epoch = 0  # gManagers so far
         self.lanes: dict[int, LaneScheduler] = {}
         self.managers: dict[int, RManager] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from common.policy import Gauge
+from common.sched.alike import need_alike
 from common.sched.lane import EngineConfig, Seq
 from common.types import (
     ClusterInfo,
@@ -33,6 +34,7 @@ class KunServePolicy:
     """Dispatcher, monitor and global memory manager; the parts decide, `Core` keeps the books."""
 
     def __init__(self, cluster: ClusterInfo, engine: EngineConfig, options: Options) -> None:
+        need_alike("kunserve", cluster)
         self.core = Core(cluster, engine, options)
         self.monitor = Monitor(options.limits)
         self._ticking = False

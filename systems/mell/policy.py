@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -40,7 +39,6 @@ class PlanStats:
     group_moves: int = 0
     request_moves: int = 0  # before pruning
     net_moves: int = 0  # after it: what is asked of the fleet
-    per_epoch: Counter[int] = field(default_factory=Counter)
 
 
 class MellPlanner:

@@ -6,7 +6,7 @@ import atexit
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,10 +34,10 @@ def _close() -> None:
         hub.close()
 
 
-def own_hub(num_workers: int, timeouts: Timeouts) -> Hub:
+def own_hub(num_workers: int, timeouts: Timeouts, tps: Sequence[int] = ()) -> Hub:
     """Workers of a test's own."""
     own_hub_closed()
-    return Hub(num_workers, timeouts)
+    return Hub(num_workers, timeouts, tps=tps)
 
 
 def own_hub_closed() -> None:

@@ -71,6 +71,17 @@ BASELINES = {
         "system.cooldown_s=0.2")),
 }
 
+_PACKING = (*STEADY, "workload.rate=60", "workload.num_requests=14", "engine.kv_blocks=48", "system.epoch_ms=20",
+            "system.cooldown_s=0.2")  # fmt: skip
+MORE_BASELINES = {
+    "dcp": Story("dcp", 2, (
+        *STEADY, "workload.rate=30", "workload.num_requests=8", "engine.kv_blocks=60"), ("attention",)),
+    "static_pp": Story("static_pp", 3, (
+        *STEADY, "workload.rate=40", "workload.num_requests=10", "engine.kv_blocks=60"), ("hidden",)),
+    **{name: Story(name, 4, _PACKING) for name in ("worst_fit", "first_fit", "load_balance", "load_balance_drain",
+                                                   "ffd_repack")},
+}  # fmt: skip
+
 
 @dataclass
 class Play:

@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from bench.comm import between_workers, link, write_profile
+from bench.worker_cost import fit
+from bench.worker_cost import write_profile as worker_profile
 from common.errors import ConfigError
 from tests.dist.pool import own_hub_closed
 
@@ -28,9 +30,22 @@ def test_links_go_into_a_hardware_file(tmp_path) -> None:
     values = yaml.safe_load(path.read_text())
     assert values["nic_bandwidth"] == values["nvlink_bandwidth"] == 3e8 and values["nic_latency_ns"] == 40_000
     assert values["host_ns"] == 180_007 and values["name"] == "linked"
-    assert path.with_suffix(".npz").read_bytes() == b"grid"
+    assert path.with_suffix(".npz").read_bytes() == b"grid" and values["grid"] == "linked", "found by its name"
     with pytest.raises(ConfigError, match="not a hardware file"):
         write_profile(tmp_path / "none.yaml", "linked", (1, 1.0), (1, 1.0), 1.0)
+
+
+def test_host_times_are_what_operators_leave(tmp_path) -> None:
+    rows = [{"requests": batch, "operators (ms)": 0.3 * batch, "CPU (ms)": 0.3 * batch + 1.2 + 0.05 * batch}
+            for batch in (1, 4, 16)]  # fmt: skip
+    host = fit(rows)
+    assert host == (pytest.approx(1.2e6), pytest.approx(5e4))
+    assert all(row["with host time (ms)"] == pytest.approx(row["CPU (ms)"]) for row in rows)
+    base = tmp_path / "mine.yaml"
+    base.write_text(yaml.safe_dump({"name": "mine", "host_ns": 7, "provenance": "here"}))
+    values = yaml.safe_load(worker_profile(base, "workers", host).read_text())
+    assert values["host_ns"] == pytest.approx(1.2e6, abs=1) and values["host_per_seq_ns"] == pytest.approx(5e4, abs=1)
+    assert values["name"] == "workers" and values["provenance"].endswith("bench.worker_cost")
 
 
 def test_all_primitives_are_measured() -> None:

@@ -200,7 +200,7 @@ def test_a_copy_that_does_not_come() -> None:
     with nothing_left(hub), at_most(60):
         two_instances(hub)
         cells = np.zeros((4, 1), np.int32)
-        take = say.TakeCells(1, Tier.HBM, cells, (0, 16), 0)
+        take = say.TakeCells(((1, 2),), Tier.HBM, cells, (0, 16), 0)
         with pytest.raises(KVPlaneError, match=r"worker 2 \(instance 1\): nothing came from worker 1 for 2 s "
                                                r"\(copies\); see runtime.transfer_timeout_s"):  # fmt: skip
             hub.ask(2, take)

@@ -10,6 +10,7 @@ from common.engine.head import Head
 from common.engine.instance import cell_bytes
 from common.engine.layout import LayerLayout
 from common.engine.model import Decoder
+from common.engine.shard import rank_spec
 from common.engine.spec import DecoderSpec
 from common.engine.weights import MemorySource, RandomSource
 from common.engine.world import EngineWorld
@@ -44,11 +45,12 @@ def tiny_world(model: ClusterModel, spec: DecoderSpec | None = None, poison: boo
     return EngineWorld(model.instances, spec, source_of(spec), model.block_size, poison=poison, **options)
 
 
-def fitting_cluster(spec: DecoderSpec, instances: int, cells: int, block_size: int, host_cells: int = 0,
+def fitting_cluster(spec: DecoderSpec, instances: int, cells: int, block_size: int, host_cells: int = 0, tp: int = 1,
                     **changes: object) -> ClusterModel:  # fmt: skip
-    """A cluster of `tests.fakes` whose cells and layers have the sizes that they have in a spec."""
-    cell, layer = cell_bytes(spec, block_size, spec.dtype), LayerLayout(spec).num_bytes
-    infos = tuple(InstanceInfo(index, spec.num_layers, cells, cell, layer, index // 2, True, host_cells)
+    """A cluster of `tests.fakes` whose cells and layers have the sizes that they have in a spec, on `tp` ranks each."""
+    rank = rank_spec(spec, tp)
+    cell, layer = tp * cell_bytes(rank, block_size, spec.dtype), tp * LayerLayout(rank).num_bytes
+    infos = tuple(InstanceInfo(index, spec.num_layers, cells, cell, layer, index // 2, True, host_cells, tp=tp)
                   for index in range(instances))  # fmt: skip
     return replace(cluster(instances, 1, spec.num_layers, block_size, **changes), instances=infos)
 

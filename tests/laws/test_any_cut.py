@@ -4,6 +4,7 @@ them on the way, every token is that of the undisturbed run, and the logits behi
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 from unittest import mock
 
@@ -61,10 +62,10 @@ class Ragged(CellRange):
         return starts
 
 
-def cluster_of(case, spec):
+def cluster_of(case, spec, tp):
     links = {"nvlink": LinkSpec(2e10, 2 * US), "nic": LinkSpec(8e9, 3 * US), "pcie": LinkSpec(8e9, 2 * US),
              "remap_ns": 20 * US, "hidden_bytes": 128}  # fmt: skip
-    return fitting_cluster(spec, case.instances, case.cells, case.block_size, case.cells, **links)
+    return fitting_cluster(spec, case.instances, case.cells, case.block_size, case.cells, tp, **links)
 
 
 def columns(record):
@@ -86,10 +87,10 @@ def run(case, executor, policy):
     settled(executor)
 
 
-def live_through(case) -> Counter:
-    """One case, in both runtimes; what it has shown."""
+def live_through(case, tp=1) -> Counter:
+    """One case, in both runtimes, on instances of so many ranks; what it has shown."""
     spec = tiny_spec(case.layers, *case.heads)
-    model = cluster_of(case, spec)
+    model = cluster_of(case, spec, tp)
     workload = FakeWorkload([0] * len(case.lengths), *map(list, zip(*case.lengths)))
     world = tiny_world(model, spec)
     witness = Witness(world)
@@ -168,6 +169,23 @@ def test_the_draws_reach_what_the_law_is_about():
     met = sum(MET.values(), Counter())
     rare = {name: met[name] for name in EXPECTED if met[name] < 3}
     assert not rare, f"too few cases show {rare} (all: {dict(met)})"
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_any_cut_is_exact_rank_by_rank(tp):
+    """The same on instances of several ranks: query heads, and KV heads where there are enough, are cut as well."""
+    met = Counter()
+
+    @seed(tp)
+    @settings(parent=law(40), derandomize=False, database=None)
+    @given(cases())
+    def one(case):
+        heads = case.heads if case.heads[0] % tp == 0 else (4, case.heads[1], 16)
+        met.update(name for name, count in live_through(replace(case, heads=heads), tp).items() if count)
+
+    one()
+    wanted = ("remote decode", "remote append", "pipeline", "drop", "restore", "swap in", "loss", "copy")
+    assert all(met[name] for name in wanted), f"no case shows some of {wanted}: {dict(met)}"
 
 
 def test_what_fits_is_asked_of_the_same_instant_in_both_runtimes():

@@ -56,6 +56,8 @@ class FleetRun:
         self.record = RunRecord(RequestColumns.empty(num))
         self.executor = SimExecutor(self.model, self.workload, self.record, faults=faults)
         self.trace = []
+        self.promised = 0  # requests that left their source as tokens
+        self._spy_on_removals()
 
     def run(self):
         events = 0
@@ -72,6 +74,28 @@ class FleetRun:
         self.check_end()
         return self
 
+    def _spy_on_removals(self):
+        """The destination holds room for all of a request before the source frees it: as promised blocks (tokens), or
+        as reserved ones that are written (KV; until then both sides hold its KV)."""
+        mover = self.policy.mover
+        submit, arrived = mover.submit, mover._arrived
+
+        def removed(seq, instance, out):
+            lane = self.policy.lanes[instance]
+            assert lane.promised[seq.request_id] >= -(-seq.known // 16), f"request {seq.request_id} left too early"
+            self.promised += 1
+            submit(seq, instance, out)
+
+        def copied(move, now, out):
+            seq, stored = move.parked, -(-move.parked.computed // 16)
+            assert move.done == seq.computed and move.dst.reserved[seq.request_id] >= stored
+            assert move.src.reserved[seq.request_id] == stored, "the source has freed before the copy was acknowledged"
+            held = self.executor.state.held[seq.request_id]
+            assert {one.instance for one in held} == {move.src.instance, move.dst.instance}
+            arrived(move, now, out)
+
+        mover.submit, mover._arrived = removed, copied
+
     def check(self):
         """Nobody is lost; at boundaries both sides count the same blocks; the plan keeps its invariants."""
         made, status = self.policy, self.record.requests.status
@@ -86,16 +110,30 @@ class FleetRun:
         for instance, lane in made.lanes.items():
             served = self.executor.lanes.get(lane.lane)
             assert 0 <= lane.free <= lane.num_blocks
+            self.check_promises(lane)
             if served is None or served.command_id is None or served.ran == served.step_from:
                 memory = self.executor.state.memory[instance]
-                assert memory.used == (lane.num_blocks - lane.free) * LAYERS, f"instance {instance}"
+                held = lane.num_blocks - lane.free - sum(lane.promised.values())
+                assert memory.used == held * LAYERS, f"instance {instance}"
         if self.kind == "mell":
             assert violations(made.planner.groups) == []
+
+    def check_promises(self, lane):
+        """Blocks are promised only to who is on the way here as tokens or waits here, and to these until they start."""
+        waiting = {seq.request_id for seq in lane.waiting}
+        coming = {move.request_id for move in self.policy.mover.by_request.values()
+                  if move.dst is lane and move.mode == "tokens"}  # fmt: skip
+        assert set(lane.promised) <= waiting | coming
+        assert not set(lane.promised) & (set(lane.running) | set(lane.reserved))
+        assert all(blocks > 0 for blocks in lane.promised.values())
 
     def check_end(self):
         """All ended; nothing is left anywhere."""
         assert all(status in ENDED for status in self.record.requests.status)
         for instance, lane in self.policy.lanes.items():
-            assert lane.free == lane.num_blocks and lane.empty, f"instance {instance}"
+            assert lane.free == lane.num_blocks and lane.empty and not lane.promised, f"instance {instance}"
         assert all(memory.used == 0 for memory in self.executor.state.memory)
+        stats, stalls = self.policy.mover.stats, self.record.stalls
+        assert set(stats.left_ns) <= set(zip(stalls.request_id, stalls.begin_ns)), "a migration without a stall"
+        assert len(stats.left_ns) == stats.kv_done + stats.token_done
         assert not (self.policy.seqs or self.policy.unsent or self.policy.mover.by_request or self.policy.at)

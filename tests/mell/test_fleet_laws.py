@@ -23,14 +23,15 @@ def test_a_run_is_the_same_every_time(seed):
 
 def test_the_mechanisms_really_happen():
     """Else the laws above hold vacuously."""
-    kv = tokens = starts = stops = stalls = 0
+    kv = tokens = starts = stops = stalls = promised = 0
     for seed in range(40):
         run = FleetRun(seed).run()
         stats = run.policy.mover.stats
         kv += stats.kv_done
+        promised += run.promised
         tokens += stats.token_done
         stalls += sum(map(len, stats.stalls_ns.values()))
         starts += run.policy.stats.starts
         stops += run.policy.stats.stops
-    assert kv > 20 and tokens > 5 and starts > 30 and stops > 10
+    assert kv > 20 and tokens > 5 and promised > 5 and starts > 30 and stops > 10
     assert stalls >= kv
