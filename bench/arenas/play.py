@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.arenas.cells import Cells
+from bench.arenas.cells import Cells, measured
 from bench.arenas.declared import ORACLES, Arena
 from bench.arenas.search import search
 from common.config import compose
@@ -53,6 +53,19 @@ def rows_of(arena: Arena, code: str, system: str) -> list[dict[str, Any]]:
         rows.append({"system": system, "kind": kind, "own": own, "oracle": system in ORACLES, "runs": runs})
     rows[1]["search"] = {"best": found.best, "tried": tried}
     return rows
+
+
+def moved(arena: Arena, result: dict[str, Any]) -> list[str]:
+    """Rows of committed results that today's code plays otherwise on their first seed, a line each."""
+    out = []
+    for row in result["rows"]:
+        was, now = row["runs"][0], measured(arena.overrides(row["system"], row["own"], arena.seeds[0]))
+        keys = [key for key in was if was[key] != now.get(key)]
+        if keys:
+            met = [round(100 * float(one.get("slo_attainment") or 0), 1) for one in (was, now)]
+            out.append(f"{arena.name}: {row['system']} ({row['kind']}) has moved in {len(keys)} numbers; "
+                       f"targets met {met[0]}%, now {met[1]}%")  # fmt: skip
+    return out
 
 
 def _flat(found: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 
 from bench.arenas.cells import Cells
 from bench.arenas.declared import ORACLES, Arena, Objective, load, names
-from bench.arenas.play import RESULTS, play
+from bench.arenas.play import RESULTS, moved, play
 from bench.arenas.search import search
 from bench.arenas.verdict import change, ranked, sentences
 from common.build import cluster_model
@@ -147,7 +147,12 @@ def test_several_processes_give_the_same_as_one(tmp_path: Path, monkeypatch: pyt
         kept = (tmp_path / str(jobs) / "burst-x.jsonl").read_text().splitlines()
         assert len({json.loads(line)["key"] for line in kept}) == len(kept) >= 10
     assert results[0] == results[1]
-    for run in (run for row in results[0]["rows"] for run in row["runs"]):
+    assert moved(arena, results[0]) == []
+    results[0] = json.loads(json.dumps(results[0]))  # rows of one configuration share their runs
+    results[0]["rows"][2]["runs"][0]["mean_ttft_ms"] += 1.0
+    [line] = moved(arena, results[0])
+    assert line.startswith("burst: mell (default) has moved in 1 numbers; targets met 100.0%, now 100.0%"), line
+    for run in (run for row in results[1]["rows"] for run in row["runs"]):
         assert max(0, run["met_ttft"] + run["met_tpot"] - 1) <= run["slo_attainment"] <= min(
             run["met_ttft"], run["met_tpot"])  # fmt: skip
     assert [(row["system"], row["kind"]) for row in results[0]["rows"]] == [
