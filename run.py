@@ -286,9 +286,11 @@ def _present(
 
         log_run(config.logger, path, options=config.logger_options)
     if not quiet:
-        from common.console import summary_table
+        from common.console import refusals, summary_table
 
         print(summary_table(summary, config.run_name, config.runtime.name, manifest))
+        for line in refusals(record.requests.reasons.values()):
+            print(line)
         if "engine" in manifest:
             print("engine: " + ", ".join(f"{key} {value}" for key, value in manifest["engine"].items()
                                          if not isinstance(value, dict)))  # fmt: skip

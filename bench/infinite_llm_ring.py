@@ -28,7 +28,7 @@ from common.plots.style import DASHES, PALETTE, new_figure, save, styled
 
 ROOT = Path(__file__).resolve().parent.parent / "results"
 NUM_SHARDS = 4
-BASE = ["experiment=infinite_llm/mixes", "model=llama2-13b", f"cluster.num_instances={NUM_SHARDS}"]
+BASE = ["experiment=infinite_llm/ring"]
 CONTEXTS = tuple(1 << power for power in range(10, 22))  # 1K .. 2M tokens
 LINKS = {  # bytes/s one way, ns one way; the first two are conf/hardware/a100-80g's
     "NVLink 300 GB/s": LinkSpec(3e11, 8_000),

@@ -54,7 +54,8 @@ def hit_ratio(policy: Any) -> float:
 
 def balance(policy: Any) -> dict[str, float]:
     """The busiest prefill instance over the mean: by requests sent there, by their prompt tokens, and by the tokens
-    that it had to compute (each request counts where it was prefilled last)."""
+    that it had to compute (each request counts where it was prefilled last). `decodes`: requests at the busiest decode
+    instance, if there are several."""
     prefill = [instance for instance, role in enumerate(policy.gs.roles) if role != "decode"]
     places = {instance: place for place, instance in enumerate(prefill)}
     found = np.zeros((len(places), 2))
@@ -62,7 +63,11 @@ def balance(policy: Any) -> dict[str, float]:
         if flow.prefill_at in places:
             found[places[flow.prefill_at]] += flow.prompt, flow.prompt - flow.hit
     sent = np.array([policy.gs.dispatched.get(instance, 0) for instance in places])
+    decoding = [instance for instance, role in enumerate(policy.gs.roles) if role != "prefill"]
+    decoded = np.array([sum(flow.decode_at == instance for flow in policy.flows.values()) for instance in decoding])
     loads = {"requests": sent, "tokens": found[:, 0], "computed": found[:, 1]}
+    if len(decoding) > 1:
+        loads["decodes"] = decoded
     return {f"max_over_mean_{name}": float(load.max() / max(1e-9, load.mean())) for name, load in loads.items()}
 
 

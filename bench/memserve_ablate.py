@@ -77,7 +77,7 @@ def parts() -> None:
              "prompt_tree_cost; base: 1,200 blocks of HBM an instance so that there is pressure. Evicted, expired, "
              "swapped: blocks, all instances. A false hit is what the scheduler's tree promised and P had not. Base: "
              "LRU by leaf, swap below 10% free, no local TTL, trees forget after 120 s. Eviction picks leaves, and so "
-             "does swapping out, in the same order."]  # fmt: skip
+             "does swapping out, in the same order. max_over_mean: of P; decodes: of D, by requests."]  # fmt: skip
     keep("ablation", "Capacity, eviction, TTL, swap and staleness", notes, {"one at a time": rows})
 
 

@@ -83,7 +83,8 @@ def mooncake(num: int) -> None:
              "those of an earlier one beyond the one block that all prompts share belongs to its session (in this it "
              "is told more than a router could know).",
              "max_over_mean: the busiest prefill instance, by requests, by prompt tokens, and by tokens computed "
-             "there; minute_p95: the last by minutes of arrival, their 95th percentile. +guard: `system.guard_s=2`. "
+             "there; minute_p95: the last by minutes of arrival, their 95th percentile; decodes: the busiest decode "
+             "instance, by requests. +guard: `system.guard_s=2`. "
              "False hits: promised by the scheduler's trees and not there. Fetched: brought from another instance (Eq. "
              "2, or Mooncake's rule). The planner's coefficients are those of the experiment's file, not fitted to "
              "this model."]  # fmt: skip

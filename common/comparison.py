@@ -105,8 +105,10 @@ def present(jobs: Sequence[tuple[str, Path]], failures: Sequence[str] = ()) -> s
 
     runs = [(row, load_run(folder)) for row, folder in jobs]
     comparison = compared(runs, failures)
-    written = files(comparison, jobs[0][1].parent)
-    return text(comparison) + "\n\ncomparison: " + ", ".join(str(path) for path in written)
+    folder = jobs[0][1].parent
+    written = files(comparison, folder)
+    return (text(comparison) + "\n\ncomparison: " + ", ".join(str(path) for path in written)
+            + f"\npage: python report.py {folder}")  # fmt: skip
 
 
 # ---------------------------------------------------------------- differences

@@ -108,11 +108,17 @@ def markdown(comparison: Comparison) -> str:
 
 
 def _pipes(names: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
-    head = [f"{column[0].strip()} {column[1].strip()}".strip() for column in columns]
+    head = [heading(column) for column in columns]
     lines = ["| " + " | ".join([names[0], *head]) + " |", "|---|" + "---:|" * len(columns)]
     for i, name in enumerate(names[1:]):
         lines.append("| " + " | ".join([name, *(column[i + 2].strip() for column in columns)]) + " |")
     return "\n".join(lines)
+
+
+def heading(column: Sequence[str]) -> str:
+    """A column's two lines of heading as one: 'TTFT mean', 'preemptions'."""
+    first, second = column[0].strip(), column[1].strip()
+    return first[:-1] + second if first.endswith("-") else f"{first} {second}".strip()
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -83,6 +85,20 @@ def summary_table(summary: Summary, name: str, runtime: str, manifest: Mapping[s
         rate = (summary.get("num_requests") or 0) / wall_s
         rows.append(_row("wall time", f"{wall_s:.3f} s, {rate:,.0f} requests/s"))
     return "\n".join(rows)
+
+
+def refusals(reasons: Iterable[str], most: int = 3) -> list[str]:
+    """Why requests were rejected, the commonest reason first: reasons that differ in numbers only are one, told by an
+    example."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for reason in reasons:
+        kind = re.sub(r"\d+", "#", reason)
+        counts[kind] += 1
+        examples.setdefault(kind, reason)
+    lines = [f"rejected: {count:,} × {examples[kind]}" for kind, count in counts.most_common(most)]
+    rest = sum(counts.values()) - sum(count for _, count in counts.most_common(most))
+    return lines + ([f"rejected: {rest:,} for other reasons (requests.parquet: reject_reason)"] if rest else [])
 
 
 def _mechanism_rows(f: Callable[..., str], summary: Summary) -> list[str]:

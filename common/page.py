@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.comparison import Comparison
-from common.comparison_text import BLOCKS, not_for, shown
+from common.comparison_text import BLOCKS, heading, not_for, shown
 from common.console import BEST_NOTE, metric_columns
 from common.metrics import format_metric
 from common.provenance import provenance_line
@@ -22,7 +22,9 @@ STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1080px;m
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}table{border-collapse:collapse;
 font-size:13px;margin:.6em 0;display:block;overflow-x:auto}td,th{padding:.2em .6em;text-align:right;border-bottom:1px
 solid #eee}td:first-child,th:first-child{text-align:left}td.best{font-weight:700;background:#e8f2fa}
-figure{margin:1em 0}img{max-width:100%;height:auto}
+figure{margin:1em 0;overflow-x:auto}img{max-width:100%;height:auto;cursor:zoom-in}
+input{position:absolute;opacity:0}input:checked+img{max-width:none;width:1200px;cursor:zoom-out}
+input:focus-visible+img{outline:2px solid #0072B2}
 .answer{font-size:1.08em;background:#f5f7f9;padding:.8em 1.1em;border-left:4px solid #0072B2}.warn{border-color:#D55E00}
 pre{font-size:12px;background:#f7f7f7;padding:.8em;overflow-x:auto}.note{color:#555;font-size:13px}"""
 HEADLINES = (
@@ -39,7 +41,8 @@ def page(runs: Sequence[LoadedRun], comparison: Comparison | None, figures: Sequ
     parts = [f"<h1>{_text(title)}</h1>", f'<p class="note">{_text(line)}</p>', _problems(runs)]
     parts.append(f'<div class="answer">{_answer(runs, comparison)}</div>')
     parts += _tables(runs, comparison)
-    parts += ["<h2>Figures</h2>", *(_figure(path) for path in figures)]
+    parts += ["<h2>Figures</h2>", '<p class="note">A click or tap on a figure enlarges it.</p>']
+    parts += [_figure(path) for path in figures]
     parts.append("<h2>Configuration and provenance</h2>")
     parts += [_details(run) for run in runs]
     metas = '<meta charset="utf-8"/><meta name="viewport" content="width=device-width,initial-scale=1"/>'
@@ -74,11 +77,20 @@ def _answer(runs: Sequence[LoadedRun], comparison: Comparison | None) -> str:
         else:
             margin = next((f" ({shown(d)} against {comparison.baseline})" for d in comparison.differences
                            if (d.metric, d.row) == (key, winner)), "")  # fmt: skip
-            lines.append(f"<li>{_text(name)}: <b>{_text(winner)}</b>, {_text(reached + margin)}</li>")
+            within = _within(next(run.summary for run in rows if run.name == winner), key)
+            lines.append(f"<li>{_text(name)}: <b>{_text(winner)}</b>, {_text(reached + margin + within)}</li>")
     if not lines:
         return f"No metric can be read ({_text(kinds)})."
     lead = "Best of each" if comparison else "Reached"
     return f"{lead} ({_text(kinds)}):<ul>{''.join(lines)}</ul>"
+
+
+def _within(summary: Mapping[str, Any], key: str) -> str:
+    """Saved GPUs and tokens per second are worth what the targets say: their share, beside them."""
+    met = summary.get("slo_attainment")
+    if key not in ("gpu_seconds", "output_throughput", "goodput") or not isinstance(met, int | float):
+        return ""
+    return f"; {100 * met:.0f}% of its requests meet the targets"
 
 
 def _tables(runs: Sequence[LoadedRun], comparison: Comparison | None) -> list[str]:
@@ -96,7 +108,7 @@ def _tables(runs: Sequence[LoadedRun], comparison: Comparison | None) -> list[st
 
 
 def _table(names: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(' '.join((c[0].strip(), c[1].strip())).strip())}</th>" for c in columns)
+    head = "".join(f"<th>{_text(heading(c))}</th>" for c in columns)
     lines = []
     for i, name in enumerate(names):
         cells = "".join(f'<td class="best">{_text(cell)}</td>' if cell.endswith("*") else f"<td>{_text(cell)}</td>"
@@ -111,7 +123,9 @@ def _figure(path: Path) -> str:
         data = base64.b64encode(path.read_bytes()).decode("ascii")
     except OSError:
         return f"<p>{_text(name)} could not be drawn</p>"
-    return f'<figure><img alt="{_text(name)}" src="data:image/png;base64,{data}"/></figure>'
+    image = f'<img alt="{_text(name)}" src="data:image/png;base64,{data}"/>'
+    # A tap makes it large, which a phone needs: a checkbox and a rule of style, no script.
+    return f'<figure><label><input type="checkbox" aria-label="enlarge {_text(name)}"/>{image}</label></figure>'
 
 
 def _details(run: LoadedRun) -> str:

@@ -30,6 +30,7 @@ class Prediction(NamedTuple):
     dst: int
     num_blocks: int
     predicted_before: float
+    predicted_stay: float  # without the move, once those who wait and fit are in
     predicted_after: float
     realised_before: float
     realised_after: float
@@ -55,7 +56,8 @@ def predictions(record: RunRecord) -> list[Prediction]:
         both, window = (said["src"], said["dst"]), said["window_ns"]
         before = made.per_second(both, time_ns - window, time_ns)
         after = made.per_second(both, end, end + window) if end >= 0 else np.nan
-        rows.append(Prediction(time_ns, end, *both, said["blocks"], said["before"], said["after"], before, after))
+        rows.append(Prediction(time_ns, end, *both, said["blocks"], said["before"], said["stay"],
+                               said["after"], before, after))  # fmt: skip
     return rows
 
 
@@ -84,16 +86,17 @@ def prediction_summary(rows: list[Prediction]) -> Summary:
     """Nothing where nothing was predicted. Errors are of moves with both windows; relative ones leave out zeros."""
     if not rows:
         return {}
-    before, after, real_before, real_after = (np.array([row[index] for row in rows]) for index in (5, 6, 7, 8))
+    before, stay, after, real_before, real_after = (np.array([row[index] for row in rows]) for index in range(5, 10))
     known = ~np.isnan(real_before) & ~np.isnan(real_after)
-    gain, real = (after - before)[known], (real_after - real_before)[known]
+    change, real = (after - before)[known], (real_after - real_before)[known]
     out: Summary = {"num_planned_moves": len(rows), "num_moves_made": sum(row.done_ns >= 0 for row in rows),
                     "num_moves_verified": int(known.sum())}  # fmt: skip
     some = bool(known.any())
-    out["mean_predicted_gain_tps"] = float(gain.mean()) if some else None
-    out["mean_realised_gain_tps"] = float(real.mean()) if some else None
-    out["median_gain_error_tps"] = float(np.median(np.abs(gain - real))) if some else None
-    out["share_of_moves_that_gained"] = float((real > 0).mean()) if some else None
+    out["mean_predicted_gain_tps"] = float((after - stay)[known].mean()) if some else None
+    out["mean_predicted_change_tps"] = float(change.mean()) if some else None
+    out["mean_realised_change_tps"] = float(real.mean()) if some else None
+    out["median_change_error_tps"] = float(np.median(np.abs(change - real))) if some else None
+    out["share_of_moves_with_a_rise"] = float((real > 0).mean()) if some else None
     out["median_tps_error_before"] = _relative(before[known], real_before[known])
     out["median_tps_error_after"] = _relative(after[known], real_after[known])
     return out

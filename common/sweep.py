@@ -9,10 +9,12 @@ import json
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +22,13 @@ from typing import Any, Protocol
 from common.config import CONF, RunConfig, compose, from_composed
 from common.cost.profiles import with_profile
 from common.errors import ConfigError, KVPlaneError
+from common.results import replacing
 
 ALL = ("vllm", "kunserve", "infinite_llm", "memserve", "mell")  # what system=all means
 LAUNCHERS = {"basic": None, "joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit",
              "ray": "ray", "ray_aws": "ray"}  # fmt: skip
 """Hydra's launchers by the plugin that they come from: hydra-<plugin>-launcher."""
+BEGUN = "began and left no outcome: killed, or out of memory"
 
 
 class Outcome(Protocol):
@@ -116,13 +120,15 @@ def run_sweep(sweep: Plan, execute: Execute, say: Callable[[str], None]) -> list
     outcomes = Path(tempfile.mkdtemp(prefix=".sweep-", dir=results)).absolute()
     import hydra
 
-    job = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(
+    task = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(
         _Runner(sweep, execute, say, outcomes)
     )
     before, sys.argv = sys.argv, [sys.argv[0], *sweep.arguments, "hydra/hydra_logging=none", "hydra/job_logging=none"]
+    silent = any(name.startswith("submitit") for name in _launchers(sweep.arguments))
     try:
-        job()
-        return [*jobs, *_outcomes(outcomes)]
+        with watched(outcomes, sweep.num_jobs, say) if silent else nullcontext():
+            _launched(task, outcomes)
+        return [*jobs, *_outcomes(outcomes, sweep.num_jobs)]
     finally:
         sys.argv = before
         shutil.rmtree(outcomes, ignore_errors=True)
@@ -130,7 +136,7 @@ def run_sweep(sweep: Plan, execute: Execute, say: Callable[[str], None]) -> list
 
 def check_launcher(arguments: Sequence[str]) -> None:
     """ConfigError where the launcher that is asked for is unknown or its plugin is not installed."""
-    for name in (_value(text) for text in arguments if _key(text) == "hydra/launcher"):
+    for name in _launchers(arguments):
         if name not in LAUNCHERS:
             raise ConfigError(f"hydra/launcher={name} is unknown; choose one of: {', '.join(LAUNCHERS)}")
         plugin = LAUNCHERS[name]
@@ -140,10 +146,52 @@ def check_launcher(arguments: Sequence[str]) -> None:
                               f"pip install hydra-{plugin}-launcher")  # fmt: skip
 
 
-def _outcomes(folder: Path) -> list[Job]:
-    """What the jobs left, in their order."""
+def _launchers(arguments: Sequence[str]) -> list[str]:
+    return [_value(text) for text in arguments if _key(text) == "hydra/launcher"]
+
+
+def _launched(task: Callable[[], object], outcomes: Path) -> None:
+    """All jobs. Where a launcher gives up, as one does when a job is killed, what the others left still counts."""
+    try:
+        task()
+    except SystemExit:
+        if not _outcomes(outcomes):
+            raise
+
+
+def _outcomes(folder: Path, num_jobs: int = 0) -> list[Job]:
+    """What the jobs left, in their order, and a failed one for those of `num_jobs` that left nothing."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [Job(**{**one, "folder": one["folder"] and Path(one["folder"])}) for one in found]
+    jobs = [Job(**{**one, "folder": one["folder"] and Path(one["folder"])}) for one in found]
+    lost = num_jobs - len(jobs)
+    return [*jobs, Job(f"{lost} more", "", None, "never began")] if lost > 0 else jobs
+
+
+@contextmanager
+def watched(outcomes: Path, num_jobs: int, say: Callable[[str], None], every_s: float = 0.3) -> Iterator[None]:
+    """Say what becomes of jobs whose own lines go to files elsewhere: a line when one begins and when it ends."""
+    over, told = threading.Event(), dict[int, str]()
+
+    def look() -> None:
+        for path in sorted(outcomes.glob("*.json")):
+            number, job = int(path.stem), Job(**json.loads(path.read_text(encoding="utf-8")))
+            now = " ..." if job.error == BEGUN else ": finished" if job.error is None else f": failed ({job.error})"
+            if told.get(number) != now:
+                told[number] = now
+                say(f"[{number + 1}/{num_jobs}] {job.name}{now}")
+
+    def watch() -> None:
+        while not over.wait(every_s):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        look()
 
 
 class _Runner:
@@ -163,6 +211,7 @@ class _Runner:
         job = Job(self.sweep.row(overrides, system), seed, None)
         place = f"[{number + 1}/{self.sweep.num_jobs}] {job.name}"
         self.say(f"{place} ...")
+        self._leave(number, replace(job, error=BEGUN))
         begin = time.perf_counter()
         try:
             outcome = self.execute(self._configured(composed, config, job), bool(self.sweep.systems))
@@ -183,7 +232,8 @@ class _Runner:
     def _leave(self, number: int, job: Job) -> None:
         """The outcome of job `number`, for the process that asked for it."""
         text = json.dumps({**asdict(job), "folder": None if job.folder is None else str(job.folder)})
-        (self.outcomes / f"{number:06d}.json").write_text(text, encoding="utf-8")
+        with replacing(self.outcomes / f"{number:06d}.json") as path:  # whole or not at all: another process reads it
+            path.write_text(text, encoding="utf-8")
 
     def _configured(self, composed: Any, hydra_config: Any, job: Job) -> RunConfig:
         """The job's configuration, with a folder of its own."""

@@ -17,10 +17,12 @@ PANELS = (
 
 def draw(result: dict[str, Any]) -> list[Path]:
     """<arena>.png and .pdf; hollow: defaults, filled: the system's own best."""
+    from matplotlib.ticker import LogLocator
+
     systems = list(dict.fromkeys(row["system"] for row in result["rows"]))
     height = 1.35 + 0.27 * len(systems)
     with style.styled():
-        figure, axes = style.new_figure(1, len(PANELS), 10.0, height, left=0.115, right=0.985, top=1 - 0.78 / height,
+        figure, axes = style.new_figure(1, len(PANELS), 10.0, height, left=0.115, right=0.97, top=1 - 0.78 / height,
                                         bottom=0.5 / height, wspace=0.14)  # fmt: skip
         for index, (panel, (key, title, factor, log)) in enumerate(zip(axes[0], PANELS)):
             panel.set_title(title)
@@ -28,6 +30,7 @@ def draw(result: dict[str, Any]) -> list[Path]:
                 _mark(panel, row, systems.index(row["system"]), key, factor)
             if log:
                 panel.set_xscale("log")
+                panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             else:
                 panel.set_xlim(left=0)
             style.plain_numbers(panel.xaxis, log=log)

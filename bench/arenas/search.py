@@ -1,4 +1,4 @@
-"""Each system's own best configuration: one pass over its declared axes, on the tuning seed."""
+"""Each system's own best configuration: one pass over its declared axes, on the tuning seeds."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def search(arena: Arena, system: str, measure: Measure) -> Found:
     tried: list[tuple[dict[str, Any], tuple[float, float, float], str | None]] = []
 
     def score(own: dict[str, Any]) -> tuple[float, float, float]:
-        summary = measure(arena.overrides(system, own, arena.tuning_seed))
-        value = WORST if "error" in summary else arena.objective.score(summary)
-        tried.append((own, value, summary.get("error")))
+        summaries = [measure(arena.overrides(system, own, seed)) for seed in arena.tuning_seeds]
+        error = next((one["error"] for one in summaries if "error" in one), None)
+        value = WORST if error else arena.objective.score(summaries)
+        tried.append((own, value, error))
         return value
 
     best: dict[str, Any] = {}

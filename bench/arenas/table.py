@@ -9,7 +9,8 @@ from bench.arenas.verdict import complete, mean, own_text, row_of, sentences
 
 WHY = Path(__file__).with_name("why")
 COLUMNS = (  # title, key, factor, which way is better
-    ("targets met %", "slo_attainment", 100, 1), ("TTFT mean ms", "mean_ttft_ms", 1, -1),
+    ("targets met %", "slo_attainment", 100, 1), ("TTFT's %", "met_ttft", 100, 1), ("TPOT's %", "met_tpot", 100, 1),
+    ("TTFT mean ms", "mean_ttft_ms", 1, -1),
     ("TTFT P99 ms", "p99_ttft_ms", 1, -1), ("TPOT mean ms", "mean_tpot_ms", 1, -1),
     ("TPOT P99 ms", "p99_tpot_ms", 1, -1), ("JCT mean s", "mean_e2el_ms", 1e-3, -1),
     ("output tok/s", "output_throughput", 1, 1), ("GPU s", "gpu_seconds", 1, -1), ("rejected", "rejected", 1, -1),
@@ -27,7 +28,7 @@ def markdown(result: dict[str, Any]) -> str:
     parts = [
         f"# Arena: {result['arena'].replace('_', ' ')}", result["question"],
         f"Simulated, at commit {state}. Means over {what} {seeds}; each system at its defaults and at its own best "
-        f"configuration, found on {what[:-1] if not result['windows'] else 'window'} {result['tuning_seed']} only.",
+        f"configuration, found on {what.split()[0]} {', '.join(str(seed) for seed in result['tuning_seeds'])} only.",
         "## Verdict", " ".join(sentences(result)), why(result["arena"]), "## Table", table(result),
         f"*best* is the search's choice; `*` marks the best of a column among rows that are no oracle. Intervals in "
         f"the text are 95% percentile-bootstrap intervals of the ratio of means over paired {what} (all resamples; "
@@ -76,7 +77,8 @@ def searched(result: dict[str, Any]) -> str:
     objective = result["objective"]
     rule = ("the highest share of requests that meet the targets, ties by mean JCT"
             if objective["metric"] == "slo_attainment" else
-            f"the fewest GPU-seconds among those that meet the targets for {100 * objective['floor']:.0f}% of requests")
+            f"the fewest GPU-seconds among those that meet the targets for {100 * objective['floor']:.0f}% of requests "
+            "on every tuning seed")
     lines = [f"Objective: {rule}. One pass over the axes of `conf/arena`; all tries are in the JSON beside it.", ""]
     for system in dict.fromkeys(row["system"] for row in result["rows"]):
         row = row_of(result, system, "best")

@@ -105,6 +105,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
     worse = [f"{name} {found}" for name, found, way in others if found.sure and found.value * way < 0]
     out.append(f"Against {base['system']} at its best it is better in {', '.join(better) or 'nothing that is sure'}.")
     out.append(f"It loses to it in {', '.join(worse) or 'nothing that is sure'}.")
+    ahead = [text for key, name, way in PRICES if (text := _ahead(winner, order[1:], key, name, way))]
+    out.append(f"The best of the others is ahead of it in {', '.join(ahead) or 'nothing that is sure'}.")
     refused = {row["system"]: mean(row, "rejected") for row in order}
     if any(refused.values()):
         none = ", ".join(name for name, number in refused.items() if not number) or "nobody"
@@ -113,6 +115,16 @@ def sentences(result: dict[str, Any]) -> list[str]:
                    "refuse the hard requests look faster than those that serve them.")  # fmt: skip
     out.append(f"A run moved {_moved(winner)}; {base['system']} {_moved(base)}.")
     return out
+
+
+def _ahead(winner: dict[str, Any], others: list[dict[str, Any]], key: str, name: str, way: int) -> str | None:
+    """By whom and how much the winner is beaten in one metric, and what that system meets of the targets."""
+    found = [(gap.value * way, row, gap) for row in others if (gap := change(row, winner, key)) is not None and gap.sure
+             and gap.value * way > 0]  # fmt: skip
+    if not found:
+        return None
+    _, row, gap = max(found, key=lambda one: one[0])
+    return f"{name} ({row['system']} {gap}, targets met for {100 * mean(row, 'slo_attainment'):.1f}%)"
 
 
 def _moved(row: dict[str, Any]) -> str:

@@ -105,7 +105,7 @@ def _spread_axis(panel: Any) -> None:
 
 def _legend_columns(runs: Sequence[LoadedRun]) -> int:
     longest = max((len(name) for name in names(runs)), default=1)
-    return max(1, min(len(runs), 4, 90 // (longest + 6)))
+    return max(1, min(len(runs), 8, 90 // (longest + 6)))
 
 
 def _legend_inches(runs: Sequence[LoadedRun]) -> float:

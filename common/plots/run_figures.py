@@ -152,6 +152,7 @@ def _block_unit(run: LoadedRun) -> tuple[float, str]:
 
 def _queue(run: LoadedRun, panel: Any) -> None:
     panel.set_title("Requests in the cluster")
+    style.plain_numbers(panel.yaxis)
     panel.set_ylabel("requests")
     times, _, running = series.samples(run, "running")
     if not len(times):

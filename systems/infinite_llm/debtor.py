@@ -13,7 +13,7 @@ from systems.infinite_llm.lane import SpanLane
 from systems.infinite_llm.leases import Leases
 from systems.infinite_llm.loans import Loans
 from systems.infinite_llm.messages import GMANAGER_INSTANCE, Answer, MoveKvcache, Need, Offer, Release
-from systems.infinite_llm.moves import Moves
+from systems.infinite_llm.moves import RELIEF, Moves
 from systems.infinite_llm.protocol import Loan, Move, State
 from systems.infinite_llm.recall import Recaller
 from systems.infinite_llm.settings import Settings
@@ -58,7 +58,7 @@ class Debtor:
         if message.parts:
             self.relief_ns = None
         for creditor, blocks in message.parts:
-            self.ordered(now_ns, MoveKvcache(message.request_id, blocks, creditor, -1), out)
+            self.ordered(now_ns, MoveKvcache(message.request_id, blocks, creditor, RELIEF), out)
 
     def ordered(self, now_ns: int, order: MoveKvcache, out: list[Command]) -> None:
         """move_kvcache."""

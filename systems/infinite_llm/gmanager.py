@@ -40,6 +40,7 @@ class GManager:
         self.needs: deque[Need] = deque()
         self.token: tuple[int, int, int] | None = None  # request, instance, when last heard of
         self.num_plans = 0
+        self.promised: dict[int, int] = {}  # blocks that giants were told to ask for, until the next heartbeat tells
         self._sequence: dict[int, int] = {}
         self._planned_ns = 0
         self._choices = 0
@@ -75,7 +76,7 @@ class GManager:
 
     def left(self, instance: int) -> None:
         """An instance died."""
-        for table in (self.members, self.map, self.lent, self.loads, self._sequence, self._fresh):
+        for table in (self.members, self.map, self.lent, self.loads, self.promised, self._sequence, self._fresh):
             table.pop(instance, None)
         self.needs = deque(need for need in self.needs if need.instance != instance)
         if self.token is not None and self.token[1] == instance:
@@ -100,6 +101,7 @@ class GManager:
             else:
                 table.pop(entry.request_id, None)
         self.loads[instance] = message.load
+        self.promised.pop(instance, None)
         self._fresh[instance] = None
         self.took(now_ns, message)
         self._plan(now_ns, out)
@@ -115,6 +117,8 @@ class GManager:
         quiet = now_ns - self._planned_ns
         waits = len(self._fresh) < len(self.members) and quiet < 3 * settings.period_ns
         if settings.mode != "proactive" or self.token is not None or quiet < settings.period_ns // 2 or waits:
+            return
+        if settings.plan_limit is not None and self.num_plans >= settings.plan_limit:
             return
         self._planned_ns = now_ns
         self._fresh.clear()
@@ -159,17 +163,24 @@ class GManager:
             parts = self.divide(need, True)
             if parts:
                 self.token = (need.request_id, need.instance, now_ns)
+                self._promise(need, parts)
                 self._tell(need.instance, Offer(need.request_id, True, parts), out)
+
+    def _promise(self, need: Need, parts: tuple[tuple[int, int], ...]) -> None:
+        """Else the next giant is sent to the same creditors, and waits for the first to end."""
+        home = self.loads.get(need.instance)
+        for instance, blocks in (*parts, (need.instance, home.capacity if home else 0)):
+            self.promised[instance] = self.promised.get(instance, 0) + blocks
 
     def divide(self, need: Need, wait: bool) -> tuple[tuple[int, int], ...]:
         """Creditors and blocks: free memory first, most free first; with `wait` also what will come free. () if the
         least cannot be had."""
-        order = self.ranked(need.instance)
+        order = self.ranked_for_giant(need.instance) if wait else self.ranked(need.instance)
         parts: dict[int, int] = {}
         left = need.best
         for instance in order:
             load = self.loads[instance]
-            spare = load.free - load.capacity // 20 if not wait else load.free
+            spare = self._unpromised(instance) if wait else self.planner.spare(load)
             take = min(left, spare)
             if take > 0:
                 parts[instance] = take
@@ -192,3 +203,16 @@ class GManager:
             return sorted(others, key=lambda i: scatter(i, self._choices))
         far = self.settings.locality
         return sorted(others, key=lambda i: (far and self.nodes[i] != node, -self.loads[i].free, i))
+
+    def ranked_for_giant(self, debtor: int) -> list[int]:
+        """As `ranked`; but homes of giants that wait come last (they need their memory themselves), what was promised
+        counts as gone, and of equals the last comes first (the dispatcher makes the first ones homes)."""
+        homes = {need.instance for need in self.needs}
+        order = self.ranked(debtor)
+        if self.settings.creditor != "random":
+            far, node = self.settings.locality, self.nodes[debtor]
+            order.sort(key=lambda i: (far and self.nodes[i] != node, -self._unpromised(i), -i))
+        return sorted(order, key=lambda i: i in homes)
+
+    def _unpromised(self, instance: int) -> int:
+        return max(0, self.loads[instance].free - self.promised.get(instance, 0))

@@ -16,6 +16,8 @@ from systems.infinite_llm.messages import MoveKvcache
 from systems.infinite_llm.protocol import Move, State, step
 from systems.infinite_llm.settings import Settings
 
+RELIEF = -1  # in place of a plan's number: an order that no plan made
+
 
 class Moves:
     """The one move under way of an instance, and orders behind it."""
@@ -32,8 +34,12 @@ class Moves:
         self.frozen = False  # a repair is under way: nothing moves
 
     def ordered(self, now_ns: int, order: MoveKvcache, out: list[Command]) -> None:
-        """move_kvcache: the plan may be out of date; what cannot be done is dropped."""
+        """move_kvcache: the plan may be out of date; what cannot be done is dropped, and orders of older plans are."""
         if order.dst != self.instance and order.num_blocks > 0 and self.settings.pace:
+            if order.plan > 0:  # what is left of an older plan was made for another moment
+                if any(left.plan > order.plan for left in self.orders):
+                    return
+                self.orders = [left for left in self.orders if left.plan in (order.plan, RELIEF)]
             self.orders.append(order)
             self.start(now_ns, out)
 

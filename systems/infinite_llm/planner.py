@@ -32,14 +32,21 @@ class View(NamedTuple):
 
 
 class PlannedMove(NamedTuple):
-    """Move blocks. Predicted, of both ends together: tokens per second as things stand, and what the move gains."""
+    """Move blocks. Predicted tokens per second of both ends together: as things stand, without the move once those who
+    fit have been admitted, and with it."""
 
     request_id: int
     src: int
     dst: int
     num_blocks: int
-    gain_tps: float
     before_tps: float
+    stay_tps: float
+    after_tps: float
+
+    @property
+    def gain_tps(self) -> float:
+        """What the move itself is to bring."""
+        return self.after_tps - self.stay_tps
 
 
 def freest(heap: list[tuple[int, int]], loads: Mapping[int, Load]) -> int:
@@ -55,15 +62,15 @@ def freest(heap: list[tuple[int, int]], loads: Mapping[int, Load]) -> int:
 def planned_text(plan: int, move: PlannedMove, window_ns: int) -> str:
     """A mark's text, as `common.predictions` reads it."""
     return json.dumps({"plan": plan, "request": move.request_id, "src": move.src, "dst": move.dst,
-                       "blocks": move.num_blocks, "before": move.before_tps,
-                       "after": move.before_tps + move.gain_tps, "window_ns": window_ns})  # fmt: skip
+                       "blocks": move.num_blocks, "before": move.before_tps, "stay": move.stay_tps,
+                       "after": move.after_tps, "window_ns": window_ns})  # fmt: skip
 
 
 class Planner:
     """Pure: a view in, moves out."""
 
     def __init__(self, model: Throughput, block_size: int, pace: int = 16, hysteresis: float = 0.02,
-                 horizon_iterations: int = 2000, max_utilisation: float = 0.9, max_moves: int = 4,
+                 horizon_iterations: int = 500, max_utilisation: float = 0.9, max_moves: int = 4,
                  scattered: bool = False) -> None:  # fmt: skip
         self.model = model
         self.block_size = block_size
@@ -107,24 +114,31 @@ class Planner:
             creditor = freest(creditors, loads)
         request_id = max(own, key=lambda r: (own[r], -r))
         other = loads[creditor]
-        room = other.free - int((1 - self.max_utilisation) * other.capacity)
-        most = min(own[request_id] - 1, room)
+        most = min(own[request_id] - 1, self.spare(other))
         num, net = self.search(load, other, most)
         if num == 0 or net <= self.hysteresis * self._tps(load, other) * self.horizon_iterations:
             return None
-        return PlannedMove(request_id, debtor, creditor, num, self.gain(load, other, num), self._tps(load, other))
+        return PlannedMove(request_id, debtor, creditor, num, self._tps(load, other),
+                           self._tps(self.admitted(load), other), self._tps(*self.moved(load, other, num)))  # fmt: skip
+
+    def spare(self, load: Load) -> int:
+        """Blocks that a creditor lends for throughput or relief: none while requests of its own wait."""
+        return 0 if load.waiting else load.free - load.capacity + int(self.max_utilisation * load.capacity)
 
     def search(self, debtor: Load, creditor: Load, most: int) -> tuple[int, float]:
-        """n* and its net gain. The gain changes slope only where one more waiting request fits, so these are tried."""
+        """n* and its net gain. Between the numbers at which one more waiting request fits the gain is convex in n: its
+        largest values are at the ends of these ranges, so only they are tried."""
         best, best_net = 0, 0.0
         each = max(1, -(-debtor.waiting_blocks // max(1, debtor.waiting)))
-        for admitted in range(1, debtor.waiting + 1):
-            num = max(1, admitted * each - debtor.free)
-            if num > most:
+        for admitted in range(debtor.waiting + 1):
+            first = max(1, admitted * each - debtor.free)
+            last = most if admitted == debtor.waiting else min(most, (admitted + 1) * each - debtor.free - 1)
+            if first > most:
                 break
-            net = self.net(debtor, creditor, num)
-            if net > best_net:
-                best, best_net = num, net
+            for num in (first, last) if last > first else (first,) if last == first else ():
+                net = self.net(debtor, creditor, num)
+                if net > best_net:
+                    best, best_net = num, net
         return best, best_net
 
     def net(self, debtor: Load, creditor: Load, num_blocks: int) -> float:
@@ -133,11 +147,16 @@ class Planner:
         return self.gain(debtor, creditor, num_blocks) * max(0.0, self.horizon_iterations - moving)
 
     def gain(self, debtor: Load, creditor: Load, num_blocks: int) -> float:
-        """Predicted change of both ends' tokens per second."""
-        return self._tps(*self.moved(debtor, creditor, num_blocks)) - self._tps(debtor, creditor)
+        """Predicted change of both ends' tokens per second, against no move. Those who wait and fit come in either
+        way: their throughput is no gain of the move."""
+        return self._tps(*self.moved(debtor, creditor, num_blocks)) - self._tps(self.admitted(debtor), creditor)
 
     def _tps(self, *loads: Load) -> float:
         return sum(self.model.tokens_per_s(load.decoding, load.attended_tokens) for load in loads)
+
+    def admitted(self, load: Load) -> Load:
+        """An instance once as many waiting requests as fit are in."""
+        return self.moved(load, load, 0)[0]
 
     def moved(self, debtor: Load, creditor: Load, num_blocks: int) -> tuple[Load, Load]:
         """Both ends after a move: the debtor admits as many waiting requests as then fit."""

@@ -66,8 +66,8 @@ class Handover:
         move = other.pool.transfer(site.pool, job.request_id, (have, there), out, lease=lease,
                                    num_calls=self.calls(site, there - have))  # fmt: skip
         if move is None:
-            other.pool.unpin(source)
-            site.pool.unpin(lease)
+            other.pool.unpin(source, read=False)
+            site.pool.unpin(lease, read=False)
             return False
         move.src_lease = source
         self.copies[move.command_id] = Pending("fetch", job), move
@@ -104,7 +104,7 @@ class Handover:
             lease = dst.pool.pin(text, hit)
         if hit == job.target:
             if after is not None:
-                dst.pool.unpin(lease)
+                dst.pool.unpin(lease, read=False)
                 return False  # nothing to send: settled when the prefill is done
             self._received(job, src, dst, None, hit, lease, out)
             return True
@@ -118,7 +118,7 @@ class Handover:
         else:
             move = src.pool.transfer(dst.pool, job.request_id, (hit, job.target), out, **flags)
         if move is None:
-            dst.pool.unpin(lease)
+            dst.pool.unpin(lease, read=False)
             return False
         job.copy = move
         self.copies[move.command_id] = Pending("send", job), move
@@ -259,7 +259,7 @@ class Handover:
         move = site.pool.transfer_with_insert(home.pool, job.request_id, text, (have.hbm, end), out, lease=lease,
                                               num_calls=self.calls(home, end - have.hbm))  # fmt: skip
         if move is None:
-            home.pool.unpin(lease)
+            home.pool.unpin(lease, read=False)
             return False
         move.src_lease = job.lease
         self.copies[move.command_id] = Pending("back", job), move

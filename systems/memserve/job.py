@@ -16,6 +16,7 @@ class Job:
         "copy",
         "decode_at",
         "decoding",
+        "had",
         "known",
         "lease",
         "leaves",
@@ -43,6 +44,7 @@ class Job:
         self.leaves = False  # its prefill is handed over to another instance
         self.computed = 0  # tokens whose KV is there when it joins (cached or held)
         self.target = 0
+        self.had = 0  # of `target`, when its prefill was admitted: neither computed there nor here before
         self.shared = 0  # leading tokens of them that it reads from the cache
         self.owned = 0  # active blocks it pays for outside a lane
         self.stored = 0

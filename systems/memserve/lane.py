@@ -241,10 +241,10 @@ class PoolLane:
         lease = job.lease or (pool.pin(text, hit) if self.caching else None)
         if not pool.can(need + reserve) or not pool.take(need, out):
             if lease is not job.lease:
-                pool.unpin(lease)
+                pool.unpin(lease, read=False)
             return None
         job.lease, job.shared, job.target, job.owned, job.decoding = lease, hit, job.known, 0, False
-        job.computed = max(job.computed, hit)
+        job.computed = job.had = max(job.computed, hit)
         return Entry(job.request_id, job.computed, job.target, hit, leave=job.leaves, keep=self.caching or job.leaves)
 
     def _promote(self) -> bool:

@@ -96,10 +96,11 @@ class MemPool:
         """Protect a matched prefix from eviction."""
         return self.tree.acquire(content, tokens)
 
-    def unpin(self, lease: Lease | None) -> None:
-        """Let it go; None and what died with the instance is nothing."""
+    def unpin(self, lease: Lease | None, read: bool = True) -> None:
+        """Let it go; None and what died with the instance is nothing. `read` False: it was nobody's use of the blocks,
+        and their place in the order of eviction and their age stay."""
         if lease is not None and lease.node is not None:
-            self.tree.release(lease)
+            self.tree.release(lease, read)
 
     def insert(self, content: Content, tokens: int, lease: Lease, out: list[Command]) -> Inserted:
         """Active blocks behind the lease become historical, where they lie: nothing is copied. The caller tells the
@@ -168,7 +169,7 @@ class MemPool:
             content = node.run.content(end)
             lease = self.tree.acquire(content, end)
             if not self.take(num, out, Tier.DRAM):
-                self.unpin(lease)
+                self.unpin(lease, read=False)
                 break
             self.give(num, Tier.DRAM)
             self._begin(Swap(self.ids(), lease, node.start, True), content, num, out)
@@ -181,7 +182,7 @@ class MemPool:
         num = (found.total - found.hbm) // self.size
         lease = self.tree.acquire(content, found.total)
         if not num or not self.take(num, out):
-            self.unpin(lease)
+            self.unpin(lease, read=False)
             return None
         self.give(num)
         swap = Swap(self.ids(), lease, found.hbm, False)
@@ -214,7 +215,7 @@ class MemPool:
         for tier in (source, goal):
             self.moving[tier] -= num
         if swap.out:
-            self.unpin(swap.lease)
+            self.unpin(swap.lease, read=False)
         return swap
 
     # ------------------------------------------------------------ transfer, transfer_with_insert

@@ -135,7 +135,7 @@ class MemServePolicy:
     def _note_hit(self, job: Job) -> None:
         flow = self.flows[job.request_id]
         if not flow.hit:
-            flow.hit = min(job.shared + flow.fetched, job.prompt)
+            flow.hit = min(job.had, job.prompt)
 
     # ------------------------------------------------------------ agents
 

@@ -65,12 +65,13 @@ class PoolTree:
         self.num_leases += 1
         return Lease(node, tokens)
 
-    def release(self, lease: Lease) -> None:
-        """Unpin; the blocks stay, most recently used."""
-        node = held_node(lease)
-        self._uses += 1
-        node.used, node.tick, lease.node = self._uses, self.tick, None
-        node.releases += 1
+    def release(self, lease: Lease, read: bool = True) -> None:
+        """Unpin; the blocks stay, most recently used if they were `read`."""
+        node, lease.node = held_node(lease), None
+        if read:
+            self._uses += 1
+            node.used, node.tick = self._uses, self.tick
+            node.releases += 1
         self.num_leases -= 1
         self.unpin(node)
 

@@ -8,20 +8,24 @@ import pytest
 
 from common.sched.lane import EngineConfig, Seq
 from common.types import InstanceLost, MessageArrived, RequestStatus, Send, Stage, Status, StepDone
+from systems.infinite_llm.asks import Asker
 from systems.infinite_llm.creditor import Creditor
 from systems.infinite_llm.gmanager import GManager
 from systems.infinite_llm.lane import SpanLane
+from systems.infinite_llm.leases import Leases
 from systems.infinite_llm.messages import (
     Answer,
     Heartbeat,
     Load,
     MoveKvcache,
+    Need,
     PlacementEntry,
     Renew,
     Renewed,
     Resync,
     TryMoveKvcache,
 )
+from systems.infinite_llm.moves import RELIEF, Moves
 from systems.infinite_llm.planner import Planner
 from systems.infinite_llm.rmanager import RManager
 from systems.infinite_llm.settings import Settings
@@ -228,4 +232,27 @@ def test_a_dead_creditors_requests_are_computed_anew(mode: str) -> None:
     run = replace(world, lost_instances=((14_000, int(to[2:])),)).run()
     assert_all_ended(run)
     assert list(run.record.requests.status) == [RequestStatus.FINISHED] * 2
-    assert run.record.requests.finish_ns[0] > first.record.requests.finish_ns[0], "it was computed twice"
+    preempted = [played.record.requests.num_preemptions[0] for played in (first, run)]
+    assert preempted == [0, 1], "it was computed twice"
+
+
+def test_relief_goes_to_creditors_that_keep_a_tenth_and_have_nobody_waiting() -> None:
+    """Else a full cluster lends in circles, and every loan costs a round trip per layer."""
+    made = gmanager()
+    made.loads = {0: LOAD, 1: Load(100, 40, 4, 0, 0, 960)}
+    need = Need(7, 0, 1, 50, False)
+    assert made.divide(need, wait=False) == ((1, 30),)
+    made.loads[1] = made.loads[1]._replace(waiting=1, waiting_blocks=60)
+    assert made.divide(need, wait=False) == ()
+    assert made.divide(need, wait=True) == ((1, 40),), "a giant takes what there is"
+
+
+def test_a_newer_plan_replaces_what_is_left_of_an_older_one() -> None:
+    """An older order that comes late is dropped; relief stays."""
+    home = lane()
+    leases = Leases(0, LEASE_NS, lambda to, message, out: None)
+    moves = Moves(home, FAST, Asker(0, leases, lambda to, message, out: None))
+    moves.frozen = True  # so that orders wait
+    for request_id, plan in ((1, 1), (2, 1), (3, RELIEF), (4, 2), (5, 2), (6, 1)):
+        moves.ordered(0, MoveKvcache(request_id, 5, 1, plan), [])
+    assert [order.request_id for order in moves.orders] == [3, 4, 5]

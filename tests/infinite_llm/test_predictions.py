@@ -32,7 +32,7 @@ def record(marks) -> RunRecord:
 
 
 MOVE = {"plan": 3, "request": 7, "src": 0, "dst": 1, "blocks": 5}
-SAID = {**MOVE, "before": 28.0, "after": 40.0, "window_ns": 2 * SECOND}
+SAID = {**MOVE, "before": 28.0, "stay": 31.0, "after": 40.0, "window_ns": 2 * SECOND}
 
 
 def test_realised_is_both_ends_tokens_over_the_windows() -> None:
@@ -40,9 +40,10 @@ def test_realised_is_both_ends_tokens_over_the_windows() -> None:
     assert (row.plan_ns, row.done_ns, row.src, row.dst, row.num_blocks) == (3 * SECOND, 5 * SECOND, 0, 1, 5)
     assert row.realised_before == pytest.approx(10 + 20) and row.realised_after == pytest.approx(30 + 20)
     found = prediction_summary([row])
-    assert found["mean_predicted_gain_tps"] == pytest.approx(12)
-    assert found["mean_realised_gain_tps"] == pytest.approx(20)
-    assert found["median_gain_error_tps"] == pytest.approx(8) and found["share_of_moves_that_gained"] == 1.0
+    assert found["mean_predicted_gain_tps"] == pytest.approx(9), "against no move, not against now"
+    assert found["mean_predicted_change_tps"] == pytest.approx(12)
+    assert found["mean_realised_change_tps"] == pytest.approx(20)
+    assert found["median_change_error_tps"] == pytest.approx(8) and found["share_of_moves_with_a_rise"] == 1.0
     assert found["median_tps_error_before"] == pytest.approx(2 / 30)
     assert found["median_tps_error_after"] == pytest.approx(10 / 50)
 
@@ -58,7 +59,7 @@ def test_what_was_never_made_or_runs_over_the_end_is_not_verified() -> None:
     assert rows[1].done_ns == 7 * SECOND and math.isnan(rows[1].realised_after)
     found = prediction_summary(rows)
     assert (found["num_planned_moves"], found["num_moves_made"], found["num_moves_verified"]) == (2, 1, 0)
-    assert found["median_gain_error_tps"] is None
+    assert found["median_change_error_tps"] is None
 
 
 def test_a_run_marks_every_order_of_its_plans_and_every_switch() -> None:
@@ -68,7 +69,7 @@ def test_a_run_marks_every_order_of_its_plans_and_every_switch() -> None:
     rows = predictions(run.record)
     assert len(rows) == len(orders) > 0
     assert [(row.dst, row.num_blocks) for row in rows] == [(order.dst, order.num_blocks) for order in orders]
-    assert all(row.predicted_after > row.predicted_before > 0 for row in rows), "no gain, no plan"
+    assert all(row.predicted_after > row.predicted_stay >= row.predicted_before > 0 for row in rows), "no gain, no plan"
     made = [row for row in rows if row.done_ns >= 0]
     assert made and all(row.done_ns > row.plan_ns for row in made)
     run.record.segments.flush()
@@ -76,3 +77,21 @@ def test_a_run_marks_every_order_of_its_plans_and_every_switch() -> None:
     assert set(optional_tables(run.record, False)["predictions"]) == set(rows[0]._fields)
     reactive = replace(BUSY, settings=replace(FAST, mode="reactive")).run()
     assert not predictions(reactive.record)
+
+
+def test_a_run_of_fewer_plans_is_the_same_up_to_the_one_that_it_lacks() -> None:
+    """What a plan realised is the difference to the run that stops before it."""
+    settings = replace(FAST, verify_ns=MS)
+    whole = replace(BUSY, settings=settings).run()
+    plans = [at for at, _, kind, _ in whole.record.marks if kind == PLANNED]
+    first = [json.loads(text)["plan"] for *_, kind, text in whole.record.marks if kind == PLANNED]
+    assert first[0] == 1 and first[-1] >= 2
+    cut = replace(BUSY, settings=replace(settings, plan_limit=1)).run()
+    made = [json.loads(text)["plan"] for *_, kind, text in cut.record.marks if kind == PLANNED]
+    assert made == [plan for plan in first if plan <= 1]
+    second = plans[first.index(2)]
+    same = [[(at, event) for at, event, _ in run.trace if at < second] for run in (whole, cut)]
+    assert same[0] == same[1]
+    none = replace(BUSY, settings=replace(settings, plan_limit=0)).run()
+    reactive = replace(BUSY, settings=replace(settings, mode="reactive")).run()
+    assert none.record.requests.finish_ns == reactive.record.requests.finish_ns

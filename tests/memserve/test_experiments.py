@@ -54,9 +54,9 @@ def test_sessions_are_told_by_what_follows_the_common_block():
 
 
 def test_balance_is_by_requests_tokens_and_work():
-    flow = [SimpleNamespace(prefill_at=at, prompt=prompt, hit=hit) for at, prompt, hit in
-            ((0, 100, 0), (0, 100, 100), (1, 400, 100))]  # fmt: skip
-    gs = SimpleNamespace(roles=["prefill", "prefill", "decode"], dispatched={0: 2, 1: 1})
+    flow = [SimpleNamespace(prefill_at=at, decode_at=to, prompt=prompt, hit=hit) for at, to, prompt, hit in
+            ((0, 2, 100, 0), (0, 2, 100, 100), (1, 3, 400, 100))]  # fmt: skip
+    gs = SimpleNamespace(roles=["prefill", "prefill", "decode", "decode"], dispatched={0: 2, 1: 1})
     found = balance(SimpleNamespace(gs=gs, flows=dict(enumerate(flow))))
     assert found == {"max_over_mean_requests": 2 / 1.5, "max_over_mean_tokens": 400 / 300,
-                     "max_over_mean_computed": 300 / 200}  # fmt: skip
+                     "max_over_mean_computed": 300 / 200, "max_over_mean_decodes": 2 / 1.5}  # fmt: skip

@@ -152,6 +152,31 @@ def test_swap_in_without_room_leaves_no_trace():
     p.unpin(lease)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_swap_is_nobodys_use_of_the_blocks(order):
+    """Moved to DRAM, or not for want of room there, blocks keep their age and their place in the order of eviction."""
+    p, out = pool(host=1, order=order), []
+    for tick, name in ((0, "old"), (10, "new")):
+        p.tree.tick = tick
+        fill(p, ((name, 0, 16),), 16, out)
+    p.tree.tick = 20
+
+    def standing():
+        return {node.key[0][0]: (node.used, node.tick, node.releases) for node in p.tree.nodes()}
+
+    before = standing()
+    assert p.swap_out(1, out) == 1
+    p.swap_done(out[-1].command_id, Status.OK)
+    assert standing() == before and p.tree.cached[DRAM] == 1
+    lease = p.pin((("old", 0, 16),), 16)
+    assert p.swap_out(1, out) == 0, "DRAM is full of what is read"
+    p.unpin(lease, read=False)
+    assert standing() == before
+    p.expire(15, out)
+    assert p.free == p.total, "what was last read at 10 is older than 15, whenever it was moved"
+    p.check()
+
+
 def test_recomputed_blocks_drop_their_copy_in_dram():
     p, out = pool(), []
     fill(p, DOC, 64, out)

@@ -10,8 +10,10 @@ import pytest
 from common.errors import ConfigError
 from common.types import CopySpan, RequestStatus, Status, Tier
 from systems.memserve.config import Options, num_calls
+from systems.memserve.job import Job
 from systems.memserve.mempool import MemPool
 from systems.memserve.scheduler import GlobalScheduler
+from systems.memserve.site import Flow
 from tests.memserve.lib import MS, PLANNER, Scenario, Turn, run
 
 TURNS = tuple(Turn(0, 5, 20, 17) for _ in range(5))
@@ -282,6 +284,16 @@ def test_swap_in_only_where_it_is_faster_than_computing():
         policy, executor = run(Scenario(turns, (400,), options, 1, 100, 60))
         assert executor.record.requests.status[1] == RequestStatus.FINISHED
         assert (policy.flows[1].swapped > 0) == swapped
+
+
+def test_a_hit_is_what_the_prefill_had():
+    """Not what was fetched for it in vain: in an earlier try at an instance that died, or let go to make room."""
+    policy = Scenario(TURNS, (48,), Options(planner=PLANNER), 2, 200, 0).policy()
+    job = Job(0, 100, 5, None, -1)
+    flow = policy.flows[0] = Flow(100, -1)
+    flow.fetched, job.had = 48, 16
+    policy._note_hit(job)
+    assert flow.hit == 16
 
 
 def test_roles_by_instance():

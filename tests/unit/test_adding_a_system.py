@@ -1,4 +1,4 @@
-"""docs/adding-a-system.md, done: a fifth policy in under 80 lines runs in `sim` and in `local`."""
+"""docs/adding-a-system.md, done: a fifth policy in under 80 lines runs in `sim`, `local` and `dist`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests import toy_policy
 
 ARGUMENTS = ["workload=poisson", "workload.num_requests=12", "cluster.num_instances=2", "run.figures=false",
              "run.trace=false"]  # fmt: skip
-LOCAL = ["runtime=local", "model=tiny_llama", "hardware=cpu", "log.outputs=true", "runtime.clock=modelled"]
+TENSORS = ["model=tiny_llama", "hardware=cpu", "log.outputs=true", "runtime.clock=modelled"]
 
 
 def summary(folder: Path, *arguments: str) -> dict[str, object]:
@@ -37,9 +37,10 @@ def test_it_runs_in_sim(tmp_path: Path) -> None:
     assert summary(tmp_path / "toy", "system.name=fewest")["completed"] == 12
 
 
-def test_it_runs_in_local_and_its_tokens_are_those_of_another_system(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime", ["local", "dist"])
+def test_it_runs_with_real_tensors_and_its_tokens_are_those_of_another_system(tmp_path: Path, runtime: str) -> None:
     pytest.importorskip("torch")
-    assert summary(tmp_path / "toy", "system.name=fewest", *LOCAL)["completed"] == 12
-    assert summary(tmp_path / "vllm", *LOCAL)["completed"] == 12
+    assert summary(tmp_path / "toy", "system.name=fewest", *TENSORS, f"runtime={runtime}")["completed"] == 12
+    assert summary(tmp_path / "vllm", *TENSORS, "runtime=local")["completed"] == 12
     tokens = [(tmp_path / name / "outputs.jsonl").read_text() for name in ("toy", "vllm")]
     assert tokens[0] == tokens[1] and tokens[0].count("\n") == 12

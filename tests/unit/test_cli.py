@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import run as cli
+from common.console import refusals
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["workload=poisson", "workload.num_requests=40", "run.figures=false", "run.trace=false"]
@@ -160,10 +161,21 @@ def test_overlong_and_empty_requests_are_counted(tmp_path: Path, capsys: pytest.
     assert "1 rejected zero, 1 rejected overlong" in capsys.readouterr().out
 
 
-def test_prompts_beyond_the_context_window_are_rejected_with_a_reason(tmp_path: Path) -> None:
+def test_prompts_beyond_the_context_window_are_rejected_with_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(tmp_path, "workload.lengths=fixed", "workload.prompt_tokens=5000", "model=llama2-13b") == 0
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert (summary["completed"], summary["rejected"]) == (0, 40)
+    assert "rejected: 40 × prompt of 5000 tokens exceeds max_model_len 4096" in capsys.readouterr().out
+
+
+def test_refusals_are_told_by_kind() -> None:
+    reasons = [f"prompt of {num} tokens is too long" for num in range(5)] + ["no instance"] * 2 + ["a", "b"]
+    assert refusals(reasons) == ["rejected: 5 × prompt of 0 tokens is too long", "rejected: 2 × no instance",
+                                 "rejected: 1 × a",
+                                 "rejected: 1 for other reasons (requests.parquet: reject_reason)"]  # fmt: skip
+    assert refusals([]) == []
 
 
 def test_a_run_leaves_what_the_contract_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

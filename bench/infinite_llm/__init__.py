@@ -1,0 +1,1 @@
+"""Infinite-LLM's experiments, simulated: `python -m bench.infinite_llm NAME`."""
