@@ -104,9 +104,10 @@ def refusals(reasons: Iterable[str], most: int = 3) -> list[str]:
 def _mechanism_rows(f: Callable[..., str], summary: Summary) -> list[str]:
     """What moving, remapping and pipelining cost; nothing where there was none of it."""
     rows = []
-    if summary.get("num_parked_stalls"):
-        rows.append(_row("stalls", f"{f('num_parked_stalls')} parked for {f('mean_parked_stall_ms')} ms on average, "
-                         f"P99 {f('p99_parked_stall_ms')} ms, longest {f('max_parked_stall_ms')} ms"))  # fmt: skip
+    for cause, what in (("parked", "parked"), ("removed", "removed, computed anew")):
+        if summary.get(f"num_{cause}_stalls"):
+            rows.append(_row("stalls", f"{f(f'num_{cause}_stalls')} {what}: {f(f'mean_{cause}_stall_ms')} ms on "
+                             f"average, P99 {f(f'p99_{cause}_stall_ms')} ms, longest {f(f'max_{cause}_stall_ms')} ms"))
     if summary.get("copy_gb") or summary.get("load_gb"):
         rows.append(_row("links", f"{f('copy_gb')} GB copied at {f('copy_gb_per_s')} GB/s, "
                          f"{f('load_gb')} GB of parameters at {f('load_gb_per_s')} GB/s"))  # fmt: skip

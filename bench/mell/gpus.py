@@ -57,6 +57,8 @@ def cases(seeds: int) -> Iterator[Case]:
             for experiment in ("13b_x10", "7b_x10"):
                 for system in MAIN:
                     yield Case(experiment, load, system, "", seed, (f"workload.rate={rate}",))
+                yield Case(experiment, load, "mell", "compute_share=1", seed,
+                           (f"workload.rate={rate}", "system.compute_share=1.0"))  # fmt: skip
 
 
 def simulate(case: Case, change: Callable[[FleetPolicy], None] = lambda policy: None) -> dict[str, Any]:
@@ -184,22 +186,27 @@ def _classes(snapshots: list[list[int]], capacity: int) -> dict[str, Any]:
             "class_blocks": {name: float(sizes[index == at].sum() / sizes.sum()) for at, name in enumerate(names)}}
 
 
-def _stalls(policy: FleetPolicy, record: RunRecord) -> list[int]:
-    """ns from leaving the source to the next token, of each finished migration; sorted. By the executor's clock: the
-    policy hears of a recomputed prompt at a step's end only."""
+def _stalls(policy: FleetPolicy, record: RunRecord) -> tuple[list[int], list[int]]:
+    """ns to the next token, sorted: of each finished migration from leaving the source on; and of each preemption. By
+    the executor's clock: the policy hears of a recomputed prompt at a step's end only."""
     rows = record.stalls
-    took = {(request, begin): end - begin for request, begin, end in zip(rows.request_id, rows.begin_ns, rows.end_ns)}
-    return sorted(took[left] for left in policy.mover.stats.left_ns if left in took)
+    took = {(request, begin): (end - begin, cause)
+            for request, begin, end, cause in zip(rows.request_id, rows.begin_ns, rows.end_ns, rows.cause)}  # fmt: skip
+    moved = [took.pop(left)[0] for left in policy.mover.stats.left_ns if left in took]
+    return sorted(moved), sorted(stall for stall, cause in took.values() if cause == "removed")
 
 
 def _moves(policy: FleetPolicy, record: RunRecord, span: float) -> dict[str, Any]:
     done = policy.mover.stats
-    stalls = _stalls(policy, record)
+    stalls, waits = _stalls(policy, record)
     out = {
         "kv_moves_per_s": done.kv_done / span, "token_moves_per_s": done.token_done / span,
         "aborted": done.aborted, "kv_gb": done.kv_bytes / 1e9, "recomputed_per_s": done.recomputed_tokens / span,
         "median_stall_ms": stalls[len(stalls) // 2] / 1e6 if stalls else None,
         "p99_stall_ms": stalls[len(stalls) * 99 // 100] / 1e6 if stalls else None,
+        "preempted_per_s": done.preempted / span, "preempted_recomputed_per_s": done.preempted_tokens / span,
+        "median_preempted_ms": waits[len(waits) // 2] / 1e6 if waits else None,
+        "p99_preempted_ms": waits[len(waits) * 99 // 100] / 1e6 if waits else None,
         "starts": policy.stats.starts, "stops": policy.stats.stops, "fallbacks": policy.stats.fallbacks,
     }  # fmt: skip
     planner = getattr(policy.planner, "planner", policy.planner)

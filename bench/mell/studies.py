@@ -15,6 +15,8 @@ from common.plots.style import PALETTE, new_figure, save, styled
 
 Row = list[dict[str, Any]]  # of one setting, a run per seed
 FOUR = ("mell", "load_balance", "worst_fit", "best_fit")
+SERVING = (("mell", ""), ("mell", "compute_share=1"), *((system, "") for system in FOUR[1:]))
+COLOURS = (0, 4, 1, 2, 3)  # of these, in the palette
 MODES = ("hybrid", "kv", "tokens")
 RAMP_S = 500  # of the 5,000 s, as the paper leaves them out
 SMOOTH = 12  # samples of 5 s: a running mean over a minute
@@ -132,12 +134,13 @@ def timeline(rows: Rows) -> list[str]:
 
 def equal_service(rows: Rows) -> list[str]:
     """The fewest GPU-hours with which each system serves a share of the requests within the targets."""
-    lines = [cells(("good requests, at least", *FOUR)), "|--:|" + "---|" * len(FOUR)]
+    titles = [f"{system} {variant}".strip() for system, variant in SERVING]
+    lines = [cells(("good requests, at least", *titles)), "|--:|" + "---|" * len(titles)]
     for target in TARGETS:
         found = []
-        for system in FOUR:
+        for one in SERVING:
             ways = sorted((mean(group, "paid_mean"), mean(group, "good_5000_100"), load)
-                          for (name, load, one, _), group in rows.items() if name == "watermark" and one == system
+                          for (name, load, *way), group in rows.items() if name == "watermark" and tuple(way) == one
                           if mean(group, "good_5000_100") >= target)  # fmt: skip
             found.append(f"{ways[0][0]:.1f} (watermark {ways[0][2]}: {100 * ways[0][1]:.1f}%)" if ways else "none")
         lines.append(cells((f"{100 * target:.0f}%", *found)))
@@ -183,14 +186,16 @@ def _links(axis: Any, rows: Rows, study: str) -> None:
 def _service(axis: Any, rows: Rows) -> None:
     """Each line is a system, each marker a watermark."""
     marks = sorted({load for name, load, _, _ in rows if name == "watermark"}, key=float)
-    for index, system in enumerate(FOUR):
+    for index, (system, variant) in zip(COLOURS, SERVING):
         found = [(mean(group, "paid_mean"), 100 * mean(group, "good_5000_100"), mark)
-                 for mark in marks if (group := rows.get(("watermark", mark, system, ""), []))]  # fmt: skip
-        axis.plot([x for x, _, _ in found], [y for _, y, _ in found], color=PALETTE[index], label=system, lw=1.1)
+                 for mark in marks if (group := rows.get(("watermark", mark, system, variant), []))]  # fmt: skip
+        axis.plot([x for x, _, _ in found], [y for _, y, _ in found], color=PALETTE[index], lw=1.1,
+                  label=f"{system} {variant}".strip())  # fmt: skip
         for x, y, mark in found:
             axis.plot([x], [y], MARKERS[marks.index(mark)], color=PALETTE[index], ms=6)
     for mark, shape in zip(marks, MARKERS):
         axis.plot([], [], shape, color="#666666", label=f"watermark {mark}")
+    axis.set_ylim(bottom=86)  # room for the legend
     axis.set_xlabel("paid GPUs")
     axis.set_ylabel("requests with TTFT ≤ 5 s, TPOT ≤ 100 ms, %")
     axis.set_title("GPUs against service (13B, rate 1.1); simulated")
@@ -231,6 +236,7 @@ def report(rows: Rows, main_rows: Rows) -> list[str]:
     rules = {**{("overflow", *key[1:]): group for key, group in fits.items()},
              **{key: group for key, group in rows.items() if key[0] == "overflow"}}  # fmt: skip
     lengths = ("lengths", "watermark")
+    plain = {key: group for key, group in rows.items() if not key[3]}
     served = [*PACKING, *PAID, *TTFT, *TPOT, *GOOD[2:], *PLANNED]
     azure = ("13b_azure", "13b_azure_x10", "7b_azure", "7b_azure_x10")
     native = ("13b_native", "7b_native")
@@ -253,8 +259,8 @@ def report(rows: Rows, main_rows: Rows) -> list[str]:
         ("How long requests are: native LMSYS-like lengths (30 requests/s), and x20 (0.36/s)",
          table(rows, ("lengths",), [*PACKING, *PLANNED])),
         ("Share of live requests in each class (`watermark`: lengths x10)",
-         table(rows, lengths, classes("class_requests"))),
-        ("Share of KV blocks in each class (`watermark`: lengths x10)", table(rows, lengths, classes("class_blocks"))),
+         table(plain, lengths, classes("class_requests"))),
+        ("Share of KV blocks in each class (`watermark`: lengths x10)", table(plain, lengths, classes("class_blocks"))),
         ("Native lengths at three loads: 13.6, 21.8, 30 requests/s for 240 s", table(rows, native, served)),
         ("Azure conversations 2023: windows of the trace as seeds", table(rows, azure, [*BARS, *served])),
         ("Batching: moves per second that the scheduler asks for (paper, Fig. 13, 13B: 5.3 to 4.4, 12.0 to 9.0, 22.0 "

@@ -29,6 +29,7 @@ def cases() -> Iterator[Case]:
         yield from _watermark(seed)
         yield from _scale(seed)
         yield from _hybrid(seed)
+        yield from _compute(seed)
         yield from _overflow(seed)
         for name in TIMELINES:
             for system in FOUR:
@@ -50,6 +51,8 @@ def _watermark(seed: int) -> Iterator[Case]:
     for mark in MARKS:
         for system in FOUR:
             yield Case("watermark", f"{mark:g}", system, "", seed, (f"system.watermark={mark}",))
+        yield Case("watermark", f"{mark:g}", "mell", "compute_share=1", seed,
+                   (f"system.watermark={mark}", "system.compute_share=1.0"))  # fmt: skip
 
 
 def _hybrid(seed: int) -> Iterator[Case]:
@@ -59,6 +62,15 @@ def _hybrid(seed: int) -> Iterator[Case]:
             for migration in ("hybrid", "kv", "tokens") if link in (LINKS[0], LINKS[-1]) else ("hybrid", "kv"):
                 yield Case(experiment, f"{link:g}", "mell", f"migration={migration}", seed,
                            (f"hardware.nic_bandwidth={link}", f"system.migration={migration}"))  # fmt: skip
+
+
+def _compute(seed: int) -> Iterator[Case]:
+    """All of the prefill rate for migrations, where a fifth lets no request above some 970 tokens go as tokens."""
+    for link in LINKS:
+        for migration in ("hybrid", "tokens") if link in (LINKS[0], LINKS[-1]) else ("hybrid",):
+            yield Case("hybrid", f"{link:g}", "mell", f"migration={migration} compute_share=1", seed,
+                       (f"hardware.nic_bandwidth={link}", f"system.migration={migration}",
+                        "system.compute_share=1.0"))  # fmt: skip
 
 
 def _overflow(seed: int) -> Iterator[Case]:

@@ -61,7 +61,9 @@ class MoveStats:
     token_done: int = 0
     aborted: int = 0
     kv_bytes: int = 0
-    recomputed_tokens: int = 0
+    recomputed_tokens: int = 0  # of migrations as tokens
+    preempted: int = 0  # for want of blocks: no migration, but the same price
+    preempted_tokens: int = 0
     # by request, one entry per finished migration; as tokens it ends when the policy hears of it, up to an epoch late
     stalls_ns: dict[int, list[int]] = field(default_factory=dict)
     left_ns: list[tuple[int, int]] = field(default_factory=list)  # (request, when its stall began), the same migrations
@@ -86,7 +88,7 @@ class Mover:
         self._freed: dict[int, MigratingLane] = {}  # lanes that got blocks back between boundaries
         self._copies: dict[int, Migration] = {}
         self._wishes: dict[int, list[Migration]] = {}  # destination lane -> reservations wanted at its next boundary
-        self._stalled: dict[int, int] = {}  # request -> when it left its source and stood still
+        self._stalled: dict[int, tuple[int, Mode]] = {}  # request -> when it left its source and stood still, how
 
     def in_flight(self, seqs: Mapping[int, Seq]) -> dict[int, int]:
         """Tokens whose KV is still to be copied out of or into instances."""
@@ -138,6 +140,8 @@ class Mover:
         joined, lane.joined = lane.joined, []
         for request_id in joined:
             self._goes_on(request_id, now)
+        if preempted:
+            self._count(preempted, lane)
         for request_id in preempted:
             self._give_up(request_id, out)
         for request_id in kept:
@@ -149,7 +153,7 @@ class Mover:
             move.parked_ns = now
             if move.mode == "tokens":
                 del self.by_request[seq.request_id]
-                self._stalled[seq.request_id] = now
+                self._stalled[seq.request_id] = now, "tokens"
                 self.stats.recomputed_tokens += seq.known
                 self.submit(seq, move.dst.instance, out)
             else:
@@ -244,18 +248,25 @@ class Mover:
         move.dst.joining.append(seq)
         self.at[move.request_id] = move.dst.instance
         self.stats.kv_done += 1
-        self._stalled[move.request_id] = move.parked_ns
+        self._stalled[move.request_id] = move.parked_ns, "kv"
         self.touch(move.src, now, out)
 
     def prefilled(self, request_id: int, now: int) -> None:
-        """A prompt is computed: if it had moved as tokens, its stall ends."""
+        """A prompt is computed: if it had moved (as tokens, or as KV that is lost since), its stall ends."""
         if request_id in self._stalled:
-            self.stats.token_done += 1
+            self.stats.token_done += self._stalled[request_id][1] == "tokens"
             self._goes_on(request_id, now)
 
+    def _count(self, preempted: list[int], lane: MigratingLane) -> None:
+        """They wait where they were, and compute anew all that they know."""
+        known = {seq.request_id: seq.known for seq in lane.waiting}
+        self.stats.preempted += len(preempted)
+        self.stats.preempted_tokens += sum(known[request_id] for request_id in preempted)
+
     def _goes_on(self, request_id: int, now: int) -> None:
-        since = self._stalled.pop(request_id, None)
-        if since is not None:
+        stalled = self._stalled.pop(request_id, None)
+        if stalled is not None:
+            since = stalled[0]
             self.stats.stalls_ns.setdefault(request_id, []).append(now - since)
             self.stats.left_ns.append((request_id, since))
 

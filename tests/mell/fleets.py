@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from itertools import cycle
 
+from bench.mell.restless import Restless
 from common.executors.sim import SimExecutor
 from common.record import RequestColumns, RunRecord
 from common.sched.lane import EngineConfig
@@ -53,6 +55,7 @@ class FleetRun:
                              rng.choice((0.0, 0.05, 0.2)), rng.choice((None, None, 1, 5)),
                              rng.choice(("preempt", "reserve_max")))  # fmt: skip
         faults = tuple((rng.randint(0, 60_000) * US, rng.randrange(instances)) for _ in range(rng.choice((0, 1, 4))))
+        self.faults = faults
         self.record = RunRecord(RequestColumns.empty(num))
         self.executor = SimExecutor(self.model, self.workload, self.record, faults=faults)
         self.trace = []
@@ -135,5 +138,24 @@ class FleetRun:
         assert all(memory.used == 0 for memory in self.executor.state.memory)
         stats, stalls = self.policy.mover.stats, self.record.stalls
         assert set(stats.left_ns) <= set(zip(stalls.request_id, stalls.begin_ns)), "a migration without a stall"
-        assert len(stats.left_ns) == stats.kv_done + stats.token_done
+        rejected = sum(status == RequestStatus.REJECTED for status in self.record.requests.status)
+        assert 0 <= stats.kv_done + stats.token_done - len(stats.left_ns) <= rejected  # refused while it stood still
+        removed = sum(self.record.requests.num_preemptions)
+        assert removed <= stats.preempted + self.promised
+        assert removed == stats.preempted + self.promised or self.faults  # who is lost is not counted as preempted
         assert not (self.policy.seqs or self.policy.unsent or self.policy.mover.by_request or self.policy.at)
+
+
+class RestlessRun(FleetRun):
+    """The same with a planner that moves everybody all the time, as tokens mostly: promises and copies get in each
+    other's way, requests outgrow them, and instances run out of blocks."""
+
+    def __init__(self, seed: int, num: int = 40) -> None:
+        super().__init__(seed, num)
+        rng = random.Random(~seed)
+        self.kind = "restless"
+        epoch_us, leap = rng.choice((300, 700, 2_000)), rng.choice((None, None, 1, 5))
+        self.policy = policy("mell", self.model.info(), "hybrid", epoch_us, rng.choice((0.0, 0.05)), leap)
+        modes = rng.choice((("tokens",), ("kv", "tokens"), ("tokens", "tokens", "kv")))
+        self.policy.planner = Restless(rng.randint(2, len(self.model.info().instances)), cycle(modes))
+        self._spy_on_removals()

@@ -48,10 +48,11 @@ def test_equal_service_takes_the_cheapest_watermark_that_serves_enough():
         return [row(0, paid_mean=paid, good_5000_100=good)]
 
     rows = {("watermark", "0", "mell", ""): runs(20.0, 0.94), ("watermark", "0.2", "mell", ""): runs(24.0, 0.985),
-            ("watermark", "0.1", "mell", ""): runs(25.0, 0.96), ("watermark", "0", "best_fit", ""): runs(19.0, 0.8)}
+            ("watermark", "0.1", "mell", ""): runs(25.0, 0.96), ("watermark", "0", "best_fit", ""): runs(19.0, 0.8),
+            ("watermark", "0", "mell", "batching=false"): runs(1.0, 1.0)}
     lines = {line.split("|")[1].strip(): line for line in equal_service(rows)[2:]}
-    assert "20.0 (watermark 0: 94.0%)" in lines["90%"] and lines["90%"].count("none") == 3
-    assert "24.0 (watermark 0.2: 98.5%)" in lines["95%"] and lines["99%"].count("none") == 4
+    assert "20.0 (watermark 0: 94.0%)" in lines["90%"] and lines["90%"].count("none") == 4
+    assert "24.0 (watermark 0.2: 98.5%)" in lines["95%"] and lines["99%"].count("none") == 5
 
 
 @pytest.mark.parametrize(("planner", "homes", "bins"), [

@@ -6,13 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.laws.strategies import law
-from tests.mell.fleets import FleetRun
+from tests.mell.fleets import FleetRun, RestlessRun
 
 
 @law(120)
 @given(st.integers(0, 1 << 30))
 def test_conservation(seed):
     FleetRun(seed).run()
+
+
+@law(40)
+@given(st.integers(0, 1 << 30))
+def test_conservation_when_everybody_moves_all_the_time(seed):
+    RestlessRun(seed).run()
 
 
 @law(8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from common.sched.lane import EngineConfig, Seq
 from common.sched.migrating import MigratingLane
+from common.sched.moving import Migration, Mover, State
 from common.types import RunStep, Stage, Status, StepDone
 
 BLOCK = 16
@@ -67,3 +68,26 @@ def test_who_has_outgrown_a_promise_stays_at_its_source():
     one.schedule(out)
     assert [seq.request_id for seq in one.left] == [3] and steps(out)[-1].remove == (3,)
     assert (one.free, one.kept) == (10, [])
+
+
+def test_a_request_that_loses_the_kv_that_it_moved_is_one_migration():
+    one = lane()
+    mover = Mover(4, {}, iter(range(99)).__next__, lambda seq, instance, out: None)
+    moving = Migration(7, lane(), one, "kv", State.TAIL, parked=request(7, 20), parked_ns=5)
+    mover.by_request[7] = moving
+    mover._arrived(moving, 6, [])
+    mover.prefilled(7, 9)  # its instance died, or had not one block for it: it was computed anew
+    stats = mover.stats
+    assert (stats.kv_done, stats.token_done, stats.left_ns, stats.stalls_ns) == (1, 0, [(7, 5)], {7: [4]})
+
+
+def test_who_is_preempted_is_counted_with_all_that_it_computes_anew():
+    mover = Mover(4, {}, iter(range(99)).__next__, lambda seq, instance, out: None)
+    one, out = lane(blocks=5), []
+    for ident in (1, 2):
+        one.submit(request(ident, 2 * BLOCK), out)
+    for clock in (1, 2):  # the first decodes, the second's prompt is computed; then each wants a third block
+        one.step_done(ended(steps(out)[-1], clock, prefilled=[(clock, clock)]), out)
+        mover.boundary(one, clock, out)
+    assert steps(out)[-1].remove == (2,) and mover.stats.preempted == 1
+    assert mover.stats.preempted_tokens == one.waiting[0].known == 2 * BLOCK + 1
