@@ -29,7 +29,9 @@ from systems.infinite_llm.settings import Settings
 class GManager:
     """One admission of a giant at a time holds the token, so two of them cannot each wait for the other's memory."""
 
-    def __init__(self, instances: tuple[int, ...], nodes: dict[int, int], settings: Settings, planner: Planner) -> None:
+    def __init__(
+        self, instances: tuple[int, ...], nodes: dict[int, int], settings: Settings, planner: Planner, epoch: int = 1
+    ) -> None:
         self.members: dict[int, None] = dict.fromkeys(instances)
         self.nodes = nodes
         self.settings = settings
@@ -40,6 +42,7 @@ class GManager:
         self.needs: deque[Need] = deque()
         self.token: tuple[int, int, int] | None = None  # request, instance, when last heard of
         self.num_plans = 0
+        self._before = (epoch - 1) << 32  # a successor's plans are newer than all of its predecessor's
         self.promised: dict[int, int] = {}  # blocks that giants were told to ask for, until the next heartbeat tells
         self._sequence: dict[int, int] = {}
         self._planned_ns = 0
@@ -126,9 +129,10 @@ class GManager:
         moves = self.planner.plan(view)
         if moves:
             self.num_plans += 1
+        number = self._before + self.num_plans
         for move in moves:
-            order = MoveKvcache(move.request_id, move.num_blocks, move.dst, self.num_plans)
-            out.append(Mark(move.src, PLANNED, planned_text(self.num_plans, move, settings.verify_ns)))
+            order = MoveKvcache(move.request_id, move.num_blocks, move.dst, number)
+            out.append(Mark(move.src, PLANNED, planned_text(number, move, settings.verify_ns)))
             self._tell(move.src, order, out)
 
     def _need(self, now_ns: int, need: Need, out: list[Command]) -> None:
