@@ -19,10 +19,12 @@ from systems.infinite_llm.messages import (
     Load,
     MoveKvcache,
     Need,
+    Offer,
     PlacementEntry,
     Renew,
     Renewed,
     Resync,
+    Settled,
     TryMoveKvcache,
 )
 from systems.infinite_llm.moves import RELIEF, Moves
@@ -281,3 +283,21 @@ def test_a_successors_plans_replace_its_predecessors() -> None:
         policy.on_event(0, AgentLost("gm", True))
         numbers.append(planned())
     assert numbers == sorted(set(numbers)), "each newer than those before"
+
+
+def test_a_giant_that_is_told_twice_is_promised_once() -> None:
+    """Its need crossed the offer. What it will not ask for stays free for the next giant; so does what a dead home was
+    told to ask for."""
+    made = GManager(tuple(range(4)), dict.fromkeys(range(4), 0), Settings("reactive"), gmanager().planner)
+    made.loads = {instance: Load(100, 100, 0, 0, 0, 0) for instance in range(4)}
+
+    def told(message: object) -> list[tuple[tuple[int, int], ...]]:
+        return [m.parts for m in heard(made, MessageArrived("rm", "gm", message)) if isinstance(m, Offer)]
+
+    giant, other = Need(7, 0, 80, 100, True), Need(8, 1, 80, 100, True)
+    first = told(giant)
+    assert first == [((3, 100),)] and told(giant) == first, "the same creditor again"
+    made.message(0, MessageArrived("rm0", "gm", Settled(7)), [])
+    assert told(other) == [((2, 100),)]
+    made.left(1)
+    assert made.divide(Need(9, 0, 80, 100, True), True) == ((2, 100),)
