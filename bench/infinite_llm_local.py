@@ -88,7 +88,9 @@ def main() -> None:
     rows = [pooled(instances, (instances * BLOCKS - 20) * BLOCK) for instances in (2, 3, 4, 5)]
     steps = [step_bytes(context) for context in (1024, 2048, 4096)]
     text = markdown(rows, steps)
-    (ROOT / "local.json").write_text(json.dumps({"git": git_state(), "pooled": rows, "steps": steps}, indent=1) + "\n", encoding="utf-8")
+    (ROOT / "local.json").write_text(
+        json.dumps({"git": git_state(), "pooled": rows, "steps": steps}, indent=1) + "\n", encoding="utf-8"
+    )
     (ROOT / "local.md").write_text(text, encoding="utf-8")
     print(text)
     if not all(row["identical"] for row in rows) or len({(row["out_bytes"], row["back_bytes"]) for row in steps}) > 1:
