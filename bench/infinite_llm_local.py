@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from common.config import compose
+from common.provenance import git_state
 from run import replay
 from workloads.types import plain
 
@@ -68,7 +69,7 @@ def markdown(rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
     """Both tables."""
     lines = ["# One request over several instances, real tensors", "",
              f"Measured on a CPU (tiny_llama, fp32, greedy, {BLOCKS} blocks of {BLOCK} tokens an instance); "
-             "the clock is the cost model's.", "",
+             "the clock is the cost model's.", "", f"Measured at commit {git_state()['commit']}.", "",
              "| instances | tokens each | prompt + output | creditors | moves in mid-decode | preemptions | "
              "tokens of one big instance |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
@@ -87,7 +88,9 @@ def main() -> None:
     rows = [pooled(instances, (instances * BLOCKS - 20) * BLOCK) for instances in (2, 3, 4, 5)]
     steps = [step_bytes(context) for context in (1024, 2048, 4096)]
     text = markdown(rows, steps)
-    (ROOT / "local.json").write_text(json.dumps({"pooled": rows, "steps": steps}, indent=1) + "\n", encoding="utf-8")
+    (ROOT / "local.json").write_text(
+        json.dumps({"git": git_state(), "pooled": rows, "steps": steps}, indent=1) + "\n", encoding="utf-8"
+    )
     (ROOT / "local.md").write_text(text, encoding="utf-8")
     print(text)
     if not all(row["identical"] for row in rows) or len({(row["out_bytes"], row["back_bytes"]) for row in steps}) > 1:

@@ -47,10 +47,11 @@ def reply(context: int) -> int:
     return 256 if context <= 16_000 else 2048
 
 
-def floor_tps(facts: Row, batch: int, context: int, bandwidth: float) -> float:
-    """Tokens/s if all weights and all KV were read once per token at the bandwidth of all GPUs."""
+def bound_tps(facts: Row, system: str, batch: int, context: int, bandwidth: float) -> float:
+    """Tokens/s if all weights and all KV were read once per token at the bandwidth of all GPUs: never exceeded."""
     kv = batch * (context + reply(context) / 2) * facts["KV of a token, KiB"] * 1024
-    weights = facts["layers' weights, GB"] * 1e9 * facts["instances"]
+    copies = 1 if system == "vllm_single" else facts["instances"]
+    weights = facts["layers' weights, GB"] * 1e9 * copies
     return float(batch * bandwidth * NUM_GPUS / (weights + kv))
 
 
@@ -77,8 +78,8 @@ def contexts() -> None:
              "tokens of reply (2,048 above 16K); the rate is the highest over any 2 s. One run each: nothing "
              "is random. 0: not servable. The odd lengths are the longest request "
              "of one instance, and a block more.",
-             "`floor` is the arithmetic: weights of every instance and all KV, read once per token at 2.04 TB/s by all "
-             "GPUs."]  # fmt: skip
+             "`bound` is the arithmetic, which nothing exceeds: weights (of every instance; vllm_single has one copy) "
+             "and all KV, read once per token at 2.04 TB/s by all GPUs."]  # fmt: skip
     keep("contexts", "Context length and throughput", notes, {"arithmetic": facts, "throughput": table})
     _plot(rows)
 
@@ -86,7 +87,7 @@ def contexts() -> None:
 def _best(model: str, tp: int, facts: Row, system: str, context: int) -> Row:
     batch = fits(facts, system, context)
     row: Row = {"model": model, "context": context, "system": system, "requests": batch, "tokens/s": 0.0,
-                "slowest TTFT, s": "", "floor, tokens/s": ""}  # fmt: skip
+                "slowest TTFT, s": "", "bound, tokens/s": ""}  # fmt: skip
     if not batch:
         return row
     config = compose(["experiment=infinite_llm/contexts", *shape(model, tp)])
@@ -102,7 +103,7 @@ def _best(model: str, tp: int, facts: Row, system: str, context: int) -> Row:
     bandwidth = config.hardware.mem_bandwidth
     print(model, system, context, batch, f"{max(rates):.0f} tokens/s", flush=True)
     return {**row, "tokens/s": max(rates), "slowest TTFT, s": float(first.max()) / 1e9,
-            "floor, tokens/s": floor_tps(facts, batch, context, bandwidth)}  # fmt: skip
+            "bound, tokens/s": bound_tps(facts, system, batch, context, bandwidth)}  # fmt: skip
 
 
 def _plot(rows: list[Row]) -> None:
@@ -114,8 +115,8 @@ def _plot(rows: list[Row]) -> None:
                 axis.plot([row["context"] for row in mine], [row["tokens/s"] for row in mine], marker="o", ms=3,
                           color=PALETTE[index], ls=DASHES[index], label=system)  # fmt: skip
             mine = [row for row in rows if row["model"] == model and row["system"] == "proactive" and row["tokens/s"]]
-            axis.plot([row["context"] for row in mine], [row["floor, tokens/s"] for row in mine], color="grey", lw=0.8,
-                      ls=":", label="floor of proactive's batch")  # fmt: skip
+            axis.plot([row["context"] for row in mine], [row["bound, tokens/s"] for row in mine], color="grey", lw=0.8,
+                      ls=":", label="bound of proactive's batch")  # fmt: skip
             axis.set_xscale("log")
             axis.set_yscale("log")
             axis.set_title(f"{model}, {NUM_GPUS // tp} instances of TP{tp}")

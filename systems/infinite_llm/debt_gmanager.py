@@ -21,7 +21,7 @@ class DebtGManager(GManager):
     def __init__(
         self, instances: tuple[int, ...], nodes: dict[int, int], settings: Settings, planner: Planner, epoch: int = 0
     ) -> None:
-        super().__init__(instances, nodes, settings, planner)
+        super().__init__(instances, nodes, settings, planner, epoch)
         self.ledger = DebtLedger(settings.lend_cap)
         self.hosts: dict[int, int] = {}  # CPU rBlocks, by the number of their creditor
         self.repair: Repair | None = None

@@ -29,7 +29,9 @@ from systems.infinite_llm.settings import Settings
 class GManager:
     """One admission of a giant at a time holds the token, so two of them cannot each wait for the other's memory."""
 
-    def __init__(self, instances: tuple[int, ...], nodes: dict[int, int], settings: Settings, planner: Planner) -> None:
+    def __init__(
+        self, instances: tuple[int, ...], nodes: dict[int, int], settings: Settings, planner: Planner, epoch: int = 1
+    ) -> None:
         self.members: dict[int, None] = dict.fromkeys(instances)
         self.nodes = nodes
         self.settings = settings
@@ -40,7 +42,9 @@ class GManager:
         self.needs: deque[Need] = deque()
         self.token: tuple[int, int, int] | None = None  # request, instance, when last heard of
         self.num_plans = 0
-        self.promised: dict[int, int] = {}  # blocks that giants were told to ask for, until the next heartbeat tells
+        self._before = (epoch - 1) << 32  # a successor's plans are newer than all of its predecessor's
+        # blocks that a giant (request, home) was told to ask of an instance, until that one's next heartbeat tells
+        self.promised: dict[tuple[int, int], dict[int, int]] = {}
         self._sequence: dict[int, int] = {}
         self._planned_ns = 0
         self._choices = 0
@@ -76,8 +80,10 @@ class GManager:
 
     def left(self, instance: int) -> None:
         """An instance died."""
-        for table in (self.members, self.map, self.lent, self.loads, self.promised, self._sequence, self._fresh):
+        for table in (self.members, self.map, self.lent, self.loads, self._sequence, self._fresh):
             table.pop(instance, None)
+        self._told_itself(instance)
+        self.promised = {giant: parts for giant, parts in self.promised.items() if giant[1] != instance}
         self.needs = deque(need for need in self.needs if need.instance != instance)
         if self.token is not None and self.token[1] == instance:
             self.token = None
@@ -101,7 +107,7 @@ class GManager:
             else:
                 table.pop(entry.request_id, None)
         self.loads[instance] = message.load
-        self.promised.pop(instance, None)
+        self._told_itself(instance)
         self._fresh[instance] = None
         self.took(now_ns, message)
         self._plan(now_ns, out)
@@ -126,9 +132,10 @@ class GManager:
         moves = self.planner.plan(view)
         if moves:
             self.num_plans += 1
+        number = self._before + self.num_plans
         for move in moves:
-            order = MoveKvcache(move.request_id, move.num_blocks, move.dst, self.num_plans)
-            out.append(Mark(move.src, PLANNED, planned_text(self.num_plans, move, settings.verify_ns)))
+            order = MoveKvcache(move.request_id, move.num_blocks, move.dst, number)
+            out.append(Mark(move.src, PLANNED, planned_text(number, move, settings.verify_ns)))
             self._tell(move.src, order, out)
 
     def _need(self, now_ns: int, need: Need, out: list[Command]) -> None:
@@ -160,6 +167,7 @@ class GManager:
             self.token = None
         while self.token is None and self.needs and len(self.loads) == len(self.members):
             need = self.needs.popleft()
+            self.promised.pop((need.request_id, need.instance), None)  # told again, it asks once
             parts = self.divide(need, True)
             if parts:
                 self.token = (need.request_id, need.instance, now_ns)
@@ -169,8 +177,13 @@ class GManager:
     def _promise(self, need: Need, parts: tuple[tuple[int, int], ...]) -> None:
         """Else the next giant is sent to the same creditors, and waits for the first to end."""
         home = self.loads.get(need.instance)
-        for instance, blocks in (*parts, (need.instance, home.capacity if home else 0)):
-            self.promised[instance] = self.promised.get(instance, 0) + blocks
+        self.promised[need.request_id, need.instance] = {**dict(parts), need.instance: home.capacity if home else 0}
+
+    def _told_itself(self, instance: int) -> None:
+        """What it holds for giants is in its heartbeat, or died with it."""
+        for parts in self.promised.values():
+            parts.pop(instance, None)
+        self.promised = {giant: parts for giant, parts in self.promised.items() if parts}
 
     def divide(self, need: Need, wait: bool) -> tuple[tuple[int, int], ...]:
         """Creditors and blocks: free memory first, most free first; with `wait` also what will come free. () if the
@@ -215,4 +228,5 @@ class GManager:
         return sorted(order, key=lambda i: i in homes)
 
     def _unpromised(self, instance: int) -> int:
-        return max(0, self.loads[instance].free - self.promised.get(instance, 0))
+        promised = sum(parts.get(instance, 0) for parts in self.promised.values())
+        return max(0, self.loads[instance].free - promised)

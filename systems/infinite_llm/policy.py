@@ -67,10 +67,9 @@ class InfiniteLlmPolicy:
                           settings.hysteresis, settings.horizon_iterations,
                           scattered=settings.creditor == "random")  # fmt: skip
         nodes = {info.instance: info.node for info in self.cluster.instances}
-        if settings.mode == "debt":
-            self._epoch += 1
-            return DebtGManager(tuple(self.managers), nodes, settings, planner, self._epoch)
-        return GManager(tuple(self.managers), nodes, settings, planner)
+        self._epoch += 1
+        kind = DebtGManager if settings.mode == "debt" else GManager
+        return kind(tuple(self.managers), nodes, settings, planner, self._epoch)
 
     # ------------------------------------------------------------ contract
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from common.sched.lane import EngineConfig, Seq
-from common.types import InstanceLost, MessageArrived, RequestStatus, Send, Stage, Status, StepDone
+from common.types import AgentLost, InstanceLost, MessageArrived, RequestStatus, Send, Stage, Status, StepDone
 from systems.infinite_llm.asks import Asker
 from systems.infinite_llm.creditor import Creditor
 from systems.infinite_llm.gmanager import GManager
@@ -19,14 +19,17 @@ from systems.infinite_llm.messages import (
     Load,
     MoveKvcache,
     Need,
+    Offer,
     PlacementEntry,
     Renew,
     Renewed,
     Resync,
+    Settled,
     TryMoveKvcache,
 )
 from systems.infinite_llm.moves import RELIEF, Moves
 from systems.infinite_llm.planner import Planner
+from systems.infinite_llm.policy import InfiniteLlmPolicy
 from systems.infinite_llm.rmanager import RManager
 from systems.infinite_llm.settings import Settings
 from systems.infinite_llm.throughput import Throughput
@@ -256,3 +259,45 @@ def test_a_newer_plan_replaces_what_is_left_of_an_older_one() -> None:
     for request_id, plan in ((1, 1), (2, 1), (3, RELIEF), (4, 2), (5, 2), (6, 1)):
         moves.ordered(0, MoveKvcache(request_id, 5, 1, plan), [])
     assert [order.request_id for order in moves.orders] == [3, 4, 5]
+
+
+def test_a_successors_plans_replace_its_predecessors() -> None:
+    """A restarted gManager counts on: else its first plans would look older than what is left of the dead one's."""
+    policy = InfiniteLlmPolicy(World(2, 20, ()).model().info(), EngineConfig(16, 64, 16, max_model_len=1 << 20), FAST)
+
+    def planned() -> int:
+        made = policy.gmanager
+        assert made is not None
+        made.planner = Planner(Throughput(((1, 1e7), (256, 1.5e7)), 1.0), 16, hysteresis=0.0, horizon_iterations=10**6)
+        out: list = []
+        made.joined(0)
+        made.joined(1)
+        for instance, load in enumerate((Load(200, 0, 2, 1, 20, 3200), Load(200, 200, 0, 0, 0, 0))):
+            entries = (PlacementEntry(7, 0, 100, True),) if instance == 0 else ()
+            beat = Heartbeat(instance, 1, True, entries, load)
+            made.message(2 * FAST.period_ns, MessageArrived(f"rm{instance}", "gm", beat), out)
+        return next(c.payload.plan for c in out if isinstance(c, Send) and isinstance(c.payload, MoveKvcache))
+
+    numbers = [planned()]
+    for _ in range(2):
+        policy.on_event(0, AgentLost("gm", True))
+        numbers.append(planned())
+    assert numbers == sorted(set(numbers)), "each newer than those before"
+
+
+def test_a_giant_that_is_told_twice_is_promised_once() -> None:
+    """Its need crossed the offer. What it will not ask for stays free for the next giant; so does what a dead home was
+    told to ask for."""
+    made = GManager(tuple(range(4)), dict.fromkeys(range(4), 0), Settings("reactive"), gmanager().planner)
+    made.loads = {instance: Load(100, 100, 0, 0, 0, 0) for instance in range(4)}
+
+    def told(message: object) -> list[tuple[tuple[int, int], ...]]:
+        return [m.parts for m in heard(made, MessageArrived("rm", "gm", message)) if isinstance(m, Offer)]
+
+    giant, other = Need(7, 0, 80, 100, True), Need(8, 1, 80, 100, True)
+    first = told(giant)
+    assert first == [((3, 100),)] and told(giant) == first, "the same creditor again"
+    made.message(0, MessageArrived("rm0", "gm", Settled(7)), [])
+    assert told(other) == [((2, 100),)]
+    made.left(1)
+    assert made.divide(Need(9, 0, 80, 100, True), True) == ((2, 100),)

@@ -15,7 +15,7 @@ from systems.infinite_llm.messages import Heartbeat, MoveKvcache, TryMoveKvcache
 from tests.fakes import US
 from tests.infinite_llm.test_laws import LAW, assert_all_ended
 from tests.infinite_llm.test_local import QUICK, run_local
-from tests.infinite_llm.worlds import FAST, MS, Run, World, worlds
+from tests.infinite_llm.worlds import CYCLE, FAST, MS, Run, World, crowded, worlds
 
 GIANT = ((0, 24 * 16, 120), (10, 40, 90), (3000, 60, 60))  # over two of three instances of 20 blocks; and others
 LOSSES = ("creditor", "debtor", "gmanager", "both")
@@ -71,11 +71,24 @@ def assert_attended_once(run: Run) -> None:
 
 
 @LAW
-@given(worlds(debt=False))
+@given(st.one_of(worlds(), worlds(debt=True), crowded()))
 def test_every_token_is_attended_to_exactly_once(world: World) -> None:
     run = world.start()
     run.drive(lambda now, event: assert_attended_once(run))
     assert_all_ended(run)
+
+
+def test_every_token_is_attended_to_exactly_once_while_debt_is_recalled() -> None:
+    run, recalled = CYCLE.start(), 0
+
+    def look(now: int, event: object) -> None:
+        nonlocal recalled
+        recalled = max(recalled, sum(m.debtor.recaller.num_recalled for m in run.policy.managers.values()))
+        assert_attended_once(run)
+
+    run.drive(look)
+    assert_all_ended(run)
+    assert recalled
 
 
 # ---------------------------------------------------------------- racing plans
