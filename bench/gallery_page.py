@@ -22,9 +22,9 @@ and which runtime made it. `python -m bench.gallery` makes all of them again (ho
 """
 UNDRAWN = """## Experiments without a figure of their own
 
-Claims of the papers that were tried, whose numbers are tables only (`results/<system>/*.md`); MELL's migrations, batching
-and utilisation (its Fig. 12 to 14) are in `results/mell/gpus.md`. **Simulated** unless a row says otherwise; MemServe's
-Fig. 9 is CPU time, measured."""
+Claims of the papers that were tried, whose numbers are tables only (`results/<system>/*.md`); MELL's migrations,
+batching and utilisation (its Fig. 12 to 14) are in `results/mell/gpus.md`. **Simulated** unless a row says otherwise;
+MemServe's Fig. 9 is CPU time, measured."""
 
 
 @dataclass(frozen=True)
