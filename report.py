@@ -23,6 +23,8 @@ from common.runs import LoadedRun, load_run
 if TYPE_CHECKING:
     from common.comparison import Comparison
 
+FILES = ("manifest.json", "summary.json", "requests.parquet", "timeline.parquet")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 3 when something is damaged or missing, or 2 after one line about what the user can change."""
@@ -37,12 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_folders(path: Path) -> list[Path]:
-    """The folder itself if it is a run or unknown, else the runs in it, by name."""
-    files = ("manifest.json", "summary.json", "requests.parquet", "timeline.parquet")
-    if not path.is_dir() or any((path / name).exists() for name in files):
+    """The folder itself if it is a run or unknown, else the runs in it, by name, and what is left of damaged ones."""
+    if not path.is_dir() or any((path / name).exists() for name in FILES):
         return [path]
-    inner = sorted(folder for folder in path.iterdir() if folder.is_dir() and (folder / "config.yaml").exists())
+    inner = sorted(folder for folder in path.iterdir() if folder.is_dir() and _was_run(folder))
     return inner or [path]
+
+
+def _was_run(folder: Path) -> bool:
+    """Any file of a run, the traceback of one that failed, or nothing at all (then it is to be named, not skipped)."""
+    if any((folder / name).exists() for name in (*FILES, "config.yaml", "traceback.txt")):
+        return True
+    return not folder.name.startswith(".") and not any(folder.iterdir())
 
 
 def _load(folders: Sequence[Path]) -> tuple[list[LoadedRun], int]:
@@ -71,27 +79,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(runs: Sequence[LoadedRun], out: Path) -> None:
-    from common.console import comparison_table, summary_table
+    from common.comparison_text import WIDTH, text
+    from common.console import summary_table
 
     for run in runs:
         if run.warning:
             print(f"warning: {run.warning}", file=sys.stderr)
-    if len(runs) > 1:
-        print(comparison_table(runs, width=max(shutil.get_terminal_size((110, 24)).columns, 80)))
+    comparison = _compared(runs)
+    if comparison is not None:
+        print(text(comparison, width=max(shutil.get_terminal_size((WIDTH, 24)).columns, 80)))
     elif runs[0].summary:
         print(
             summary_table(runs[0].summary, runs[0].name, runs[0].manifest.get("runtime", "unknown"), runs[0].manifest)
         )
-    for path in _draw(runs, out):
+    for path in _draw(runs, comparison, out):
         print(f"wrote {os.path.relpath(path)}")
 
 
-def _draw(runs: Sequence[LoadedRun], out: Path) -> list[Path]:
+def _draw(runs: Sequence[LoadedRun], comparison: Comparison | None, out: Path) -> list[Path]:
     from common.page import page
     from common.plots import draw_comparison, draw_instances, draw_run
     from common.results import replacing
 
-    comparison = _compared(runs)
     try:
         paths = [path for run in runs for path in (*draw_run(run), *draw_instances(run))]
         out.mkdir(parents=True, exist_ok=True)

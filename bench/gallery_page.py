@@ -20,6 +20,11 @@ Every committed figure of the papers' experiments and of the common arenas: the 
 and which runtime made it. `python -m bench.gallery` makes all of them again (hours on two cores), `--only NAME` some,
 `--list` names the commands, `--page` writes this page. Texts are quoted from the files named; PDFs lie beside the PNGs.
 """
+UNDRAWN = """## Experiments without a figure of their own
+
+Claims of the papers that were tried, whose numbers are tables only (`results/<system>/*.md`); MELL's migrations,
+batching and utilisation (its Fig. 12 to 14) are in `results/mell/gpus.md`. **Simulated** unless a row says otherwise;
+MemServe's Fig. 9 is CPU time, measured."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,19 @@ def manifest(path: Path = MANIFEST) -> list[Figure]:
 
 def page(figures: list[Figure]) -> str:
     """The Markdown."""
-    return "\n".join([HEAD, *(section(figure) for figure in figures)])
+    return "\n".join([HEAD, *(section(figure) for figure in figures), *_undrawn(figures)])
+
+
+def _undrawn(figures: list[Figure]) -> list[str]:
+    """The paper's claims that no figure quotes, from the files of which some rows are quoted."""
+    parts = []
+    for path in dict.fromkeys(figure.table for figure in figures if figure.table and figure.rows):
+        drawn = {line for figure in figures if figure.table == path for line in claims(figure).splitlines()[2:]}
+        head, rule, *body = claims(Figure("", "", "", "", table=path)).splitlines()
+        rest = [line for line in body if line not in drawn]
+        if rest:
+            parts += ["\n".join([head, rule, *rest]), f"(from `{path}`)"]
+    return ["\n\n".join([UNDRAWN, *parts]) + "\n"] if parts else []
 
 
 def section(figure: Figure) -> str:

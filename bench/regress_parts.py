@@ -31,7 +31,7 @@ def micro_check(quick: bool, current: Path = pinned.ROOT, reference: Path | None
     """Every case against the pinned commit's code; what cannot run here is a note, never a pass in silence."""
     bless = _pin
     if find_spec("torch") is None:
-        return Check("0 micro-benchmarks", [], notes=["micro: torch is not installed, not checked"], bless=bless)
+        return Check("0 micro-benchmarks", [], notes=["micro: torch is not installed, not checked"])  # nor blessed
     commit = pinned.read().get("commit")
     try:
         if reference is None and commit is None:
@@ -56,8 +56,12 @@ def _pin(reason: str) -> object:
 
 
 def accuracy_check(quick: bool) -> Check:
-    """Against what was measured, where it is at hand."""
-    found, absent = accuracy.parts(quick)
+    """Against what was measured, where it is at hand. What raises is named: the other checks are worth knowing."""
+    try:
+        found, absent = accuracy.parts(quick)
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        return Check("0 parts of accuracy", [f"accuracy: raised {type(error).__name__}: {text}"], broken=True)
     lines = accuracy.worse(found, accuracy.read()["parts"])
     rows = [{"name": f"accuracy: {name}", "unit": "share", "value": part["error"]} for name, part in found.items()]
     return Check(f"{len(found)} parts of accuracy no worse, errors", lines, rows, absent,

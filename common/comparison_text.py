@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.comparison import DIFFERENCES, Comparison, Difference
-from common.console import BEST_NOTE, LATENCIES, Column, comparison_table, metric_columns, wrapped
+from common.console import BEST_NOTE, LATENCIES, Column, metric_columns, wrapped
 from common.provenance import provenance_line
 from common.results import replacing
 from common.runs import LoadedRun
@@ -40,12 +40,14 @@ BLOCKS: dict[str, tuple[Column, ...]] = {
 
 
 def text(comparison: Comparison, width: int = WIDTH) -> str:
-    """The one table, in blocks for a terminal of `width` columns."""
+    """The one table, in blocks for a terminal of `width` columns, each under its title."""
     rows = [row.averaged() for row in comparison.rows]
-    table = comparison_table(rows, width, list(BLOCKS.values())).split("\n", 1)
-    runs = [run.manifest for row in comparison.rows for run in row.runs]
-    parts = [provenance_line(runs) + table[1]]
-    columns = _difference_columns(comparison)
+    parts = [provenance_line([run.manifest for row in comparison.rows for run in row.runs])]
+    for title, block in BLOCKS.items():
+        table = wrapped(["run", *(run.name for run in rows)], metric_columns(rows, block), width)
+        parts.append(f"{title}\n{table}" if table else "")
+    parts.append(BEST_NOTE)
+    columns = difference_columns(comparison)
     if columns:
         names = ["", *(row.name for row in comparison.rows if row.name != comparison.baseline)]
         parts.append(f"against {comparison.baseline}:\n" + wrapped(names, columns, width))
@@ -76,7 +78,8 @@ def shown(difference: Difference) -> str:
     return f"{change} [{low}, {high}]"
 
 
-def _difference_columns(comparison: Comparison) -> list[list[str]]:
+def difference_columns(comparison: Comparison) -> list[list[str]]:
+    """Two lines of heading, then a cell per row beside the baseline: '-12% [-15, -9]'."""
     others = [row.name for row in comparison.rows if row.name != comparison.baseline]
     by = {(difference.metric, difference.row): shown(difference) for difference in comparison.differences}
     out = []
@@ -96,7 +99,7 @@ def markdown(comparison: Comparison) -> str:
         if columns:
             parts += [f"## {title}", _pipes(["run", *(run.name for run in rows)], columns)]
     parts.append(BEST_NOTE.replace("*", "`*`", 1))
-    columns = _difference_columns(comparison)
+    columns = difference_columns(comparison)
     if columns:
         others = [row.name for row in comparison.rows if row.name != comparison.baseline]
         parts += [f"## Against {comparison.baseline}", _pipes(["run", *others], columns)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.comparison import Comparison
-from common.comparison_text import BLOCKS, heading, not_for, shown
+from common.comparison_text import BLOCKS, difference_columns, heading, not_for, shown
 from common.console import BEST_NOTE, metric_columns
 from common.metrics import format_metric
 from common.provenance import provenance_line
@@ -103,6 +103,10 @@ def _tables(runs: Sequence[LoadedRun], comparison: Comparison | None) -> list[st
     if comparison is None:
         return parts
     parts.append(f'<p class="note">{_text(BEST_NOTE)}</p>')
+    columns = difference_columns(comparison)
+    if columns:
+        others = [row.name for row in comparison.rows if row.name != comparison.baseline]
+        parts += [f"<h2>Against {_text(comparison.baseline)}</h2>", _table(others, columns)]
     notes = [*comparison.notes, *(f"{name} was not designed for: {what}" for name, what in not_for(comparison))]
     return [*parts, '<ul class="note">' + "".join(f"<li>{_text(note)}</li>" for note in notes) + "</ul>"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,11 @@ from common.errors import ConfigError
 from common.provenance import label
 
 MANIFEST = "manifest.json"
+COLUMNS = {  # without these, figures and tables have gaps that a reader should know of
+    "requests.parquet": ("status", "arrival_s", "prompt_tokens", "ttft_ms", "tpot_ms", "e2el_ms"),
+    "timeline.parquet": ("time_s", "instance", "running", "waiting", "kv_used_blocks", "kv_capacity_blocks"),
+}
+MAPPINGS = {MANIFEST: ("git", "engine"), "config.yaml": ("slo", "system")}
 Columns = dict[str, npt.NDArray[Any]]
 
 
@@ -55,16 +61,16 @@ def load_run(path: str | Path) -> LoadedRun:
     if not any((folder / name).exists() for name in (MANIFEST, "summary.json", "requests.parquet", "timeline.parquet")):
         raise ConfigError(f"{folder}: not a run (no manifest, summary, requests or timeline in it)")
     problems: list[str] = []
-    manifest = _read(folder / MANIFEST, _read_json, problems)
+    manifest = _mappings(MANIFEST, _read(folder / MANIFEST, _read_json, problems), problems)
     if manifest.get("partial"):
         problems.append("the run was interrupted, its results are partial")
     return LoadedRun(
         folder,
-        config=_read(folder / "config.yaml", _read_yaml, problems),
+        config=_mappings("config.yaml", _read(folder / "config.yaml", _read_yaml, problems), problems),
         manifest=manifest,
-        summary=_read(folder / "summary.json", _read_json, problems),
-        requests=_read(folder / "requests.parquet", read_columns, problems),
-        timeline=_read(folder / "timeline.parquet", read_columns, problems),
+        summary=_numbers(_read(folder / "summary.json", _read_json, problems), problems),
+        requests=_columns(folder / "requests.parquet", problems),
+        timeline=_columns(folder / "timeline.parquet", problems),
         marks=_read(folder / "marks.parquet", read_columns, problems) if (folder / "marks.parquet").exists() else {},
         problems=tuple(problems),
     )
@@ -79,6 +85,32 @@ def _read(path: Path, reader: Callable[[Path], dict[str, Any]], problems: list[s
     except Exception as error:  # any damage at all: the rest of the folder is still worth drawing
         problems.append(f"{path.name} is damaged ({str(error).splitlines()[0][:80] if str(error) else type(error)})")
         return {}
+
+
+def _columns(path: Path, problems: list[str]) -> Columns:
+    """A table as it is; which of the columns that everything rests on it lacks is a problem."""
+    known = len(problems)
+    found: Columns = _read(path, read_columns, problems)
+    lost = [name for name in COLUMNS[path.name] if name not in found]
+    if lost and len(problems) == known:
+        problems.append(f"{path.name} has no column {', '.join(lost)}")
+    return found
+
+
+def _numbers(summary: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Metrics are finite numbers or None (nothing to measure); anything else is left out and named."""
+    bad = [key for key, value in summary.items() if value is not None
+           and not (isinstance(value, int | float) and math.isfinite(value))]  # fmt: skip
+    if bad:
+        problems.append(f"summary.json: no number at {', '.join(bad[:3])}" + (" and others" if len(bad) > 3 else ""))
+    return {key: value for key, value in summary.items() if key not in bad}
+
+
+def _mappings(name: str, tree: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Parts that must be mappings are, or are left out and named."""
+    bad = [key for key in MAPPINGS[name] if not isinstance(tree.get(key, {}), dict | None)]
+    problems += [f"{name}: {key} is no mapping" for key in bad]
+    return {key: value for key, value in tree.items() if key not in bad}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -50,3 +50,17 @@ def test_blessing_keeps_what_cannot_be_measured_here(tmp_path: Path) -> None:
     accuracy.bless(as_parts({"a: x": 0.1}), "one", path)
     accuracy.bless(as_parts({"b: y": 0.2}), "two", path)
     assert accuracy.read(path)["reasons"] == ["one", "two"] and set(accuracy.read(path)["parts"]) == {"a: x", "b: y"}
+
+
+def test_a_measurement_that_raises_is_named_and_not_blessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "parts", lambda quick: 1 / 0)
+    check = regress_parts.accuracy_check(True)
+    assert check.lines == ["accuracy: raised ZeroDivisionError: division by zero"]
+    assert check.broken and check.bless is None
+
+
+def test_micro_without_torch_is_said_and_pins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blessing the matrix where kernels cannot be timed must not move the reference that they are timed against."""
+    monkeypatch.setattr(regress_parts, "find_spec", lambda name: None)
+    check = regress_parts.micro_check(True)
+    assert check.notes == ["micro: torch is not installed, not checked"] and not check.lines and check.bless is None

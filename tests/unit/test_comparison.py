@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -154,3 +155,9 @@ def test_every_promised_column_is_in_the_table() -> None:
     others = {"output_throughput", "goodput", "slo_attainment", "mean_num_gpus", "peak_num_gpus", "gpu_seconds",
               "mean_kv_utilisation", "num_preemptions", "num_migrations", "bytes_moved"}  # fmt: skip
     assert latencies | others <= keys
+
+
+def test_each_system_that_is_no_oracle_says_what_it_was_not_designed_for() -> None:
+    found = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "conf" / "system").glob("*.yaml")}
+    silent = {name for name, tree in found.items() if not tree.get("not_for") and "ORACLE" not in tree["description"]}
+    assert silent == set(), "conf/system/NAME.yaml: not_for"

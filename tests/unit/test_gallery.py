@@ -47,6 +47,22 @@ def test_a_quote_that_has_moved_is_one_line_of_error(tmp_path: Path, monkeypatch
         claims(Figure("f", "t", "c", "simulated", table="a.md", rows=("q",)))
 
 
+def test_what_no_figure_shows_is_a_table_at_the_end() -> None:
+    """Each row of a file of claims is on the page: beside a figure, or among those without one, never in both."""
+    whole = page(LISTED)
+    shown, _, rest = whole.partition("## Experiments without a figure of their own")
+    for path in {figure.table for figure in LISTED if figure.table and figure.rows}:
+        for line in claims(Figure("", "", "", "", table=path)).splitlines()[2:]:
+            assert (line in shown) != (line in rest), line
+    assert "Fig. 9:" in rest and "Fig. 14:" in rest and "DGFM" in rest
+
+
+@pytest.mark.parametrize("figure", LISTED, ids=[figure.name for figure in LISTED])
+def test_a_paper_s_experiment_says_the_paper_s_claim(figure: Figure) -> None:
+    """In a table with the paper's column, in an arena's question, or in words that name the paper."""
+    assert figure.table or figure.arena or figure.paper or "paper" in section(figure).lower()
+
+
 def test_the_list_names_every_command() -> None:
     done = subprocess.run([sys.executable, "-m", "bench.gallery", "--list"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(LISTED)

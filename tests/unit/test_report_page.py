@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import struct
 from pathlib import Path
 from xml.etree import ElementTree
@@ -71,6 +72,41 @@ def test_a_folder_of_runs_stands_for_its_runs_and_seeds_are_one_row(tmp_path: Pa
     assert report.main([str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]) == 0
     rows = [cell.text for cell in read(tmp_path / "out" / "report.html").iter("td")]
     assert "vllm" in rows and "mell" in rows
+
+
+def test_a_run_of_a_folder_is_never_left_out_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without its configuration it is still a run; an empty or failed one is named, and a page beside them is none."""
+    made(tmp_path / "sweep", "vllm", "mell", "llumnix")
+    (tmp_path / "sweep" / "mell" / "config.yaml").unlink()
+    for path in (tmp_path / "sweep" / "llumnix").iterdir():
+        path.unlink()
+    (tmp_path / "sweep" / "kunserve").mkdir()
+    (tmp_path / "sweep" / "kunserve" / "traceback.txt").write_text("ZeroDivisionError")
+    assert report.main([str(tmp_path / "sweep"), "--out", str(tmp_path / "sweep" / "page")]) == 3
+    err = capsys.readouterr().err
+    assert all(words in err for words in ("mell: config.yaml is missing", "llumnix: not a run", "kunserve: not a run"))
+    rows = [cell.text for cell in read(tmp_path / "sweep" / "page" / "report.html").iter("td")]
+    assert "vllm" in rows and "mell" in rows
+    assert [path.name for path in report.run_folders(tmp_path / "sweep")] == ["kunserve", "llumnix", "mell", "vllm"]
+
+
+def test_seeds_are_one_row_in_the_terminal_and_differences_are_on_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best of a column is among systems, never among seeds of one."""
+    for name, seed, ttft in (("vllm-s0", 0, 10.0), ("vllm-s1", 1, 30.0), ("mell-s0", 0, 20.0), ("mell-s1", 1, 60.0)):
+        path = write(tmp_path / "sweep", synthetic_record(60), name)
+        for file, change in (("manifest.json", {"seed": seed}), ("summary.json", {"mean_ttft_ms": ttft})):
+            tree = json.loads((path / file).read_text())
+            (path / file).write_text(json.dumps({**tree, **change}))
+    assert report.main([str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out.split("wrote ")[0]
+    lines = [line.split()[:2] for line in out.splitlines()]
+    assert ["vllm", "20*"] in lines and ["mell", "40"] in lines and "-s0" not in out
+    assert "Latency, ms: first token" in out and "mell  +100% [+100, +100]" in out
+    root = read(tmp_path / "out" / "report.html")
+    assert "Against vllm" in [element.text for element in root.iter("h2")]
+    assert "+100% [+100, +100]" in [cell.text for cell in root.iter("td")]
 
 
 def test_it_fits_a_laptop_and_a_phone_by_its_own_rules(tmp_path: Path) -> None:

@@ -153,6 +153,24 @@ def test_damage_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
         load_run(tmp_path / "empty")
 
 
+def test_files_that_can_be_read_and_say_nonsense_are_damage(tmp_path: Path) -> None:
+    path = write(tmp_path, synthetic_record(30))
+    summary = json.loads((path / "summary.json").read_text())
+    broken = {**summary, "goodput": "much", "completed": float("nan"), "mean_ttft_ms": {}}
+    (path / "summary.json").write_text(json.dumps(broken))
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "git": "abc"}))
+    (path / "config.yaml").write_text("slo: 3\nsystem: {name: vllm}\nseed: 0\n")
+    table = pq.read_table(path / "requests.parquet")
+    pq.write_table(table.drop_columns(["status", "ttft_ms"]), path / "requests.parquet")
+    run = load_run(path)
+    assert run.summary == {key: value for key, value in summary.items() if broken[key] is value or broken[key] == value}
+    assert "git" not in run.manifest and run.config == {"system": {"name": "vllm"}, "seed": 0}
+    for words in ("no number at completed, mean_ttft_ms, goodput", "git is no mapping", "slo is no mapping",
+                  "requests.parquet has no column status, ttft_ms"):  # fmt: skip
+        assert words in (run.warning or ""), run.warning
+
+
 def test_marks_and_bytes_moved(tmp_path: Path) -> None:
     record = synthetic_record(30)
     record.marks.append((5, 1, "drop", "layers 0-15"))
