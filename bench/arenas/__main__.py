@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.arenas.declared import Arena, load, names
-from bench.arenas.play import RESULTS, moved, play
+from bench.arenas.play import RESULTS, moved, not_for, play
 from bench.arenas.table import markdown
 from bench.harness import exit_with
 from common.errors import ConfigError
@@ -63,7 +63,9 @@ def main() -> int:
         if options.draw:
             if not kept.exists():
                 raise ConfigError(f"{kept.name} is not there: run bench.arenas {name} first")
-            present(json.loads(kept.read_text(encoding="utf-8")), arena)
+            result = json.loads(kept.read_text(encoding="utf-8"))
+            result["not_for"] = {system: not_for(system) for system in result["not_for"]}  # words, not measurements
+            present(result, arena)
             continue
         if not arena.present:
             print(f"{name}: skipped, {arena.needs} is not in the data folder", file=sys.stderr)

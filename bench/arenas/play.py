@@ -30,7 +30,7 @@ def play(arena: Arena, git: dict[str, Any], systems: Sequence[str] | None = None
         "arena": arena.name, "question": arena.question, "common": list(arena.common), "runtime": "sim",
         "objective": {"metric": arena.objective.metric, "floor": arena.objective.floor},
         "seeds": list(arena.seeds), "tuning_seeds": list(arena.tuning_seeds), "windows": arena.window_s, "git": git,
-        "not_for": {system: _not_for(system) for system in chosen}, "rows": rows,
+        "not_for": {system: not_for(system) for system in chosen}, "rows": rows,
     }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def _flat(found: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [row for rows in found for row in rows]
 
 
-def _not_for(system: str) -> str:
+def not_for(system: str) -> str:
     import yaml
 
     tree = yaml.safe_load(compose([f"system={system}"]).yaml)["system"]

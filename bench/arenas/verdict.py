@@ -30,6 +30,11 @@ class Change:
         """Whether the interval leaves out zero."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def tells(self) -> bool:
+        """Whether it is sure, and large enough to be seen in the digits that are printed."""
+        return self.sure and round(abs(self.value), 3) > 0
+
     def __str__(self) -> str:
         return f"{100 * self.value:+.1f}% [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
@@ -101,8 +106,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
     if winner["system"] == BASELINE:
         base = second
     others = [(name, found, way) for key, name, way in PRICES if (found := change(winner, base, key)) is not None]
-    better = [f"{name} {found}" for name, found, way in others if found.sure and found.value * way > 0]
-    worse = [f"{name} {found}" for name, found, way in others if found.sure and found.value * way < 0]
+    better = [f"{name} {found}" for name, found, way in others if found.tells and found.value * way > 0]
+    worse = [f"{name} {found}" for name, found, way in others if found.tells and found.value * way < 0]
     out.append(f"Against {base['system']} at its best it is better in {', '.join(better) or 'nothing that is sure'}.")
     out.append(f"It loses to it in {', '.join(worse) or 'nothing that is sure'}.")
     ahead = [text for key, name, way in PRICES if (text := _ahead(winner, order[1:], key, name, way))]
@@ -119,8 +124,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
 
 def _ahead(winner: dict[str, Any], others: list[dict[str, Any]], key: str, name: str, way: int) -> str | None:
     """By whom and how much the winner is beaten in one metric, and what that system meets of the targets."""
-    found = [(gap.value * way, row, gap) for row in others if (gap := change(row, winner, key)) is not None and gap.sure
-             and gap.value * way > 0]  # fmt: skip
+    found = [(gap.value * way, row, gap) for row in others if (gap := change(row, winner, key)) is not None
+             and gap.tells and gap.value * way > 0]  # fmt: skip
     if not found:
         return None
     _, row, gap = max(found, key=lambda one: one[0])

@@ -15,7 +15,7 @@ from bench.arenas.cells import Cells
 from bench.arenas.declared import ORACLES, Arena, Objective, load, names
 from bench.arenas.play import RESULTS, moved, play
 from bench.arenas.search import search
-from bench.arenas.verdict import change, ranked, sentences
+from bench.arenas.verdict import Change, change, ranked, sentences
 from common.build import cluster_model
 from common.config import RunConfig, compose
 from systems.registry import ORACLES as TOLD
@@ -157,3 +157,8 @@ def test_several_processes_give_the_same_as_one(tmp_path: Path, monkeypatch: pyt
             run["met_ttft"], run["met_tpot"])  # fmt: skip
     assert [(row["system"], row["kind"]) for row in results[0]["rows"]] == [
         ("vllm", "default"), ("vllm", "best"), ("mell", "default"), ("mell", "best")]  # fmt: skip
+
+
+def test_a_sure_difference_that_no_printed_digit_shows_is_no_win() -> None:
+    assert Change(0.0007, 0.0002, 0.0011).tells and not Change(0.0004, 0.0002, 0.0006).tells
+    assert not Change(0.02, -0.01, 0.05).tells and Change(-0.02, -0.03, -0.01).tells
