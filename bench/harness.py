@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,22 @@ def asked(jobs: Mapping[str, _Job], alone: bool = True) -> _Job:
     if len(sys.argv) < 2 or (alone and len(sys.argv) > 2) or sys.argv[1] not in jobs:
         raise ConfigError(f"which of {', '.join(jobs)}?")
     return jobs[sys.argv[1]]
+
+
+def run_named(
+    description: str | None, jobs: Mapping[str, Callable[[], None]], clock: Callable[[], float], unit: str
+) -> None:
+    """Run the jobs that the command line names, or all; say how long each took by `clock`, in `unit`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("names", nargs="*", metavar="name", help=", ".join(jobs))
+    names = parser.parse_args().names
+    unknown = [name for name in names if name not in jobs]
+    if unknown:
+        parser.error(f"{unknown[0]}: choose from {', '.join(jobs)}")
+    for name in names or jobs:
+        begin = clock()
+        jobs[name]()
+        print(f"{name}: {clock() - begin:.0f} {unit}", flush=True)
 
 
 def run(overrides: Sequence[str]) -> tuple[RunConfig, RunRecord]:

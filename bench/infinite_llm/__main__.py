@@ -6,9 +6,9 @@ Tables in results/infinite_llm/, figures in results/figures/infinite_llm/. Nothi
 
 from __future__ import annotations
 
-import argparse
 import time
 
+from bench.harness import run_named
 from bench.infinite_llm.ablations import ablations
 from bench.infinite_llm.contexts import capacity, contexts
 from bench.infinite_llm.curves import instances, rates, spread_curves, tight
@@ -20,19 +20,5 @@ JOBS = {job.__name__: job for job in (planner, ablations, predictions, instances
                                       contexts, mixes, mixes_dcp, capacity)}  # fmt: skip
 
 
-def main() -> None:
-    """Run what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="name", help=", ".join(JOBS))
-    names = parser.parse_args().names
-    unknown = [name for name in names if name not in JOBS]
-    if unknown:
-        parser.error(f"{unknown[0]}: choose from {', '.join(JOBS)}")
-    for name in names or JOBS:
-        begin = time.process_time()
-        JOBS[name]()
-        print(f"{name}: {time.process_time() - begin:.0f} s of CPU", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_named(__doc__, JOBS, time.process_time, "s of CPU")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from bench.infinite_llm.runs import SEEDS, SYSTEMS, Row, band, draw, keep, line, measure, only, tokens_each
@@ -18,51 +20,56 @@ INSTANCES = (2, 4, 8, 16, 32)
 COLOURS = dict(zip(("vllm_multi", "vllm_single", "proactive"), PALETTE))
 
 
+class Axis(NamedTuple):
+    """What a table goes by: its column, the option that sets it, its values, and what one is called."""
+
+    key: str
+    option: str
+    values: tuple[float, ...]
+    label: str
+
+
+BY_MIX = Axis("mix", "workload.trace", MIXES, "mix {}")
+BY_SPREAD = Axis("cv", "workload.lengths.prompt.cv", SPREADS, "coefficient of variation {}")
+
+
 def rates() -> None:
     """Throughput-latency curves of mixes 0-2 (mean 6K tokens; spread rising)."""
-    rows = [{"mix": mix, "rate": rate, "system": name, "seed": seed,
-             **measure("rates", *SYSTEMS[name], f"workload.trace={mix}", f"workload.rate={rate}", f"seed={seed}")}
-            for mix in MIXES for rate in RATES for seed in SEEDS for name in THREE]  # fmt: skip
     notes = ["Llama-2-7B, 8 A100-80GB of a node, 200 requests of `workload=long_context`, mixes 0-2 (coefficient of "
              "variation of prompts 0.3, 1, 2; replies of mean 373), 3 seeds; median (least..most) over seeds.",
              "Prompts of mean 6K and short replies: prefill saturates at about 9 requests/s, before memory is "
              "short."]  # fmt: skip
-    tables = {f"mix {mix}": _lines(only(rows, mix=mix), RATES, THREE) for mix in MIXES}
-    low = [_worst(rows, "mix", mix, RATES) for mix in MIXES]
-    keep("rates", "Throughput and latency over the request rate", notes, {"all rates": low, **tables, "runs": rows})
-    _curves("rates", rows, "mix", MIXES, RATES, THREE, "mix {}")
+    _over_rates("rates", "Throughput and latency over the request rate", notes, BY_MIX, RATES, THREE)
 
 
 def spread_curves() -> None:
     """The same where memory binds: replies of mean 1,500 tokens; vllm_multi and vllm_single beside it."""
-    rows = [{"cv": cv, "rate": rate, "system": name, "seed": seed,
-             **measure("spread", *SYSTEMS[name], f"workload.lengths.prompt.cv={cv}", f"workload.rate={rate}",
-                       f"seed={seed}")}
-            for cv in SPREADS for rate in MEMORY_RATES for seed in SEEDS for name in THREE]  # fmt: skip
     notes = ["Llama-2-7B, 8 A100-80GB of a node, 200 requests: prompts of mean 6K by their coefficient of variation, "
              "replies of mean 1,500 (ours), 3 seeds; median (least..most) over seeds. From about 2.5 requests/s on "
              "every instance's memory is full."]  # fmt: skip
-    tables = {f"coefficient of variation {cv}": _lines(only(rows, cv=cv), MEMORY_RATES, THREE) for cv in SPREADS}
-    low = [_worst(rows, "cv", cv, MEMORY_RATES) for cv in SPREADS]
-    keep("spread", "Where memory binds: throughput and latency by spread", notes,
-         {"all rates": low, **tables, "runs": rows})  # fmt: skip
-    _curves("spread", rows, "cv", SPREADS, MEMORY_RATES, THREE, "coefficient of variation {}")
+    _over_rates("spread", "Where memory binds: throughput and latency by spread", notes, BY_SPREAD, MEMORY_RATES, THREE)
 
 
 def tight() -> None:
     """Where the longest prompts fill most of an instance: the memory that others hold keeps them waiting."""
-    rows = [{"cv": cv, "rate": rate, "system": name, "seed": seed,
-             **measure("tight", *SYSTEMS[name], f"workload.lengths.prompt.cv={cv}", f"workload.rate={rate}",
-                       f"seed={seed}")}
-            for cv in SPREADS for rate in TIGHT_RATES for seed in SEEDS for name in TWO]  # fmt: skip
     notes = ["Llama-2-13B, 8 instances of one A100-80GB, which hold "
              f"{tokens_each('tight', 'system=vllm'):,} tokens each; 120 requests: prompts of mean 6K, at most 45K, by "
              "their coefficient of variation, replies of mean 1,500 (ours), 3 seeds; median (least..most) over "
              "seeds."]  # fmt: skip
-    tables = {f"coefficient of variation {cv}": _lines(only(rows, cv=cv), TIGHT_RATES, TWO) for cv in SPREADS}
-    low = [_worst(rows, "cv", cv, TIGHT_RATES) for cv in SPREADS]
-    keep("tight", "Where a prompt fills most of an instance", notes, {"all rates": low, **tables, "runs": rows})
-    _curves("tight", rows, "cv", SPREADS, TIGHT_RATES, TWO, "coefficient of variation {}")
+    _over_rates("tight", "Where a prompt fills most of an instance", notes, BY_SPREAD, TIGHT_RATES, TWO)
+
+
+def _over_rates(
+    name: str, title: str, notes: list[str], by: Axis, at: tuple[float, ...], systems: tuple[str, ...]
+) -> None:
+    """Run an experiment over an axis, rates and seeds; its tables and its figure."""
+    rows = [{by.key: value, "rate": rate, "system": system, "seed": seed,
+             **measure(name, *SYSTEMS[system], f"{by.option}={value}", f"workload.rate={rate}", f"seed={seed}")}
+            for value in by.values for rate in at for seed in SEEDS for system in systems]  # fmt: skip
+    tables = {by.label.format(value): _lines(only(rows, **{by.key: value}), at, systems) for value in by.values}
+    low = [_worst(rows, by.key, value, at) for value in by.values]
+    keep(name, title, notes, {"all rates": low, **tables, "runs": rows})
+    _curves(name, rows, by.key, by.values, at, systems, by.label)
 
 
 def _worst(rows: list[Row], key: str, value: float, at: tuple[float, ...]) -> Row:
