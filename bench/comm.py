@@ -65,6 +65,13 @@ def link(rows: list[dict[str, float]]) -> tuple[int, float]:
     return int(latency * 1e3), float(sorted(rates)[len(rates) // 2]) * 1e6
 
 
+def links_of(found: dict[str, list[dict[str, Any]]]) -> tuple[tuple[int, float], tuple[int, float]]:
+    """Links of activations and of copies, from what was found between workers."""
+    activation, copy = (link(next(rows for name, rows in found.items() if name.startswith(start)))
+                        for start in ("activation", "copy in"))  # fmt: skip
+    return activation, copy
+
+
 def write_profile(
     base: Path, name: str, activation: tuple[int, float], copy: tuple[int, float], order_us: float
 ) -> Path:  # fmt: skip
@@ -110,8 +117,7 @@ def main() -> int:
     load = os.getloadavg()[0]
     found = between_workers(options.backend, options.rounds)
     tables = {"order and answer, policy process to worker": orders(options.rounds), **found}
-    activation, copy = (link(next(rows for name, rows in found.items() if name.startswith(start)))
-                        for start in ("activation", "copy in"))  # fmt: skip
+    activation, copy = links_of(found)
     order = tables["order and answer, policy process to worker"][0]["P5 (us)"]
     waits = {row["an activation of 16 KiB"]: row["P95 (us)"] for row in found["An activation beside a copy"]}
     hidden = found["Overlap of copy and compute"][0]["share of the shorter that is hidden"]

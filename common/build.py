@@ -85,6 +85,8 @@ def cluster_model(config: RunConfig) -> ClusterModel:
         frontend_ns=int(config.cluster.frontend_ms * 1e6),
         compact_bandwidth=hardware.mem_bandwidth * tp,
         overlap=config.system_options.get("overlap") is not False,
+        wake_share=config.traits.wake_share,
+        wake_after_ns=config.traits.wake_after_ns,
         extra=_estimates(config),
     )
 

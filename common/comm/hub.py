@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -65,6 +66,15 @@ class Launcher(Protocol):
 
 class Gone(Exception):
     """A worker is gone, and an answer will not come."""
+
+
+def _readable(connections: list[Connection], timeout_s: float) -> list[Any]:
+    """Those that have something, waiting at most so long: exactly, as `wait` rounds up to whole milliseconds and what
+    is due next would be late by half of one. Beyond 1,024 descriptors only `wait` can."""
+    try:
+        return select.select(connections, [], [], timeout_s)[0]
+    except ValueError:
+        return wait(connections, timeout_s)
 
 
 class Hub:
@@ -229,8 +239,7 @@ class Hub:
     def drain(self, timeout_s: float = 0.0) -> None:
         """Take what has come, waiting for it at most so long. Raises what a worker raised."""
         ranks = {connection: rank for rank, connection in self._connections.items() if rank not in self.lost}
-        for ready in wait(list(ranks), min(timeout_s, self.timeouts.heartbeat_s / 4)):
-            connection: Any = ready
+        for connection in _readable(list(ranks), min(timeout_s, self.timeouts.heartbeat_s / 4)):
             self._take(ranks[connection], connection)
         self._look()
 

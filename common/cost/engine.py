@@ -31,6 +31,9 @@ class EngineTraits:
     host_ns: int = 500_000
     host_per_seq_ns: int = 36_000
     host_tp_ns: int = 300_000
+    host_per_chunk_ns: int = 0  # of each piece of a prompt, beside host_per_seq_ns
+    wake_share: float = 0.0  # so much longer takes an iteration after wake_after_ns of idleness
+    wake_after_ns: int = 0
     logit_bytes: float = 14.9  # of the profiling run's sampler, per logit
     nccl_bytes: int = 1850 << 20  # beside one communicator, once tp > 1, as far as start-up counts it
 
@@ -66,7 +69,9 @@ def engine_traits(name: str, hardware: HardwareSpec | None = None) -> EngineTrai
         if hardware is None or hardware.host_ns is None or hardware.host_per_seq_ns is None:
             raise ConfigError("cost.traits=profile needs hardware with host times of its own: a measured profile "
                               "(python -m common.cost.fit --measure)")  # fmt: skip
-        return EngineTraits(False, 0, False, hardware.host_ns, hardware.host_per_seq_ns, 0)
+        return EngineTraits(False, 0, False, hardware.host_ns, hardware.host_per_seq_ns, 0,
+                            hardware.host_per_chunk_ns or 0, hardware.wake_share or 0.0,
+                            hardware.wake_after_ns or 0)  # fmt: skip
     if name not in ENGINES:
         raise ConfigError(f"engine traits {name!r} are unknown; known: {', '.join(ENGINES)}, profile")
     return ENGINES[name]

@@ -69,7 +69,8 @@ class InstanceCost:
         attention = self.attention_ns(chunks, num_decodes, context)
         device = self._dense_ns(tokens) + attention + self._head_ns(num_logits)
         engine = self.engine
-        host = engine.host_per_seq_ns * (num_decodes + len(chunks)) + self._host_ns
+        prompts = len(chunks)
+        host = engine.host_per_seq_ns * (num_decodes + prompts) + engine.host_per_chunk_ns * prompts + self._host_ns
         if engine.async_scheduling:
             return device if device > host else host
         return device + host

@@ -150,6 +150,9 @@ class HardwareSpec:
     dtype_bytes: int = 2  # of the elements that the grid's operators were measured with
     host_ns: int | None = None  # host time of an iteration, where an engine was measured (cost.traits=profile) ...
     host_per_seq_ns: int | None = None  # ... and of each request in it
+    host_per_chunk_ns: int | None = None  # ... and of each piece of a prompt in it
+    wake_share: float | None = None  # so much longer takes an iteration of an instance that has been idle ...
+    wake_after_ns: int | None = None  # ... for longer than this
     description: str = ""
 
     def __post_init__(self) -> None:

@@ -58,6 +58,8 @@ class ClusterModel:
     remote_service: str = "side_stream"
     overlap: bool = True  # remote partials run beside the local one; False, an ablation: after it
     stall_ns: int = 600_000_000_000
+    wake_share: float = 0.0  # so much longer takes the first iteration of an instance that ...
+    wake_after_ns: int = 0  # ... has been idle for longer than this: cores sleep and caches are others'
     extra: dict[str, float] = field(default_factory=dict)
     pools: tuple[ClusterModel, ...] = ()
     tps: tuple[int, ...] = ()

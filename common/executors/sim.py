@@ -60,11 +60,12 @@ FINISHED, LIVE, REJECTED = int(RequestStatus.FINISHED), int(RequestStatus.LIVE),
 class SimInstance:
     """The compute side of an instance: a FIFO server."""
 
-    __slots__ = ("active", "fifo", "id", "lanes", "piped", "remote_load", "serving")
+    __slots__ = ("active", "fifo", "id", "idle_from", "lanes", "piped", "remote_load", "serving")
 
     def __init__(self, instance: int) -> None:
         self.id = instance
         self.serving: SimLane | None = None
+        self.idle_from = -(1 << 62)  # when its last item ended
         self.fifo: deque[SimLane] = deque()
         self.active = 0  # lanes with a running step that has a stage here
         self.piped = 0  # those of several stages
@@ -100,6 +101,7 @@ class SimExecutor:
         self.client = Client(workload, cluster.frontend_ns)
         self._client_waits = workload.concurrency is not None or workload.release_after is not None
         self.oracle = oracle
+        self._wake_share = cluster.wake_share
         self.live = 0
         self._last_work = 0
         self._workload = workload
@@ -313,6 +315,10 @@ class SimExecutor:
 
     def _leap(self, lane: SimLane) -> None:
         """As many pure decode iterations as the step allows, priced by one subtraction of prefix sums."""
+        if self._wake_share and self._cold(lane.feet[0]):
+            lane.item_iterations = 1
+            self._price(lane)
+            return
         finish, request_id = lane.finishes[0]
         member = lane.members.get(request_id)
         if member is None or member.finish != finish:
@@ -344,13 +350,20 @@ class SimExecutor:
                 duration = remote_extra_ns(self, lane, index, chunks, num, logits)
             else:
                 duration = cost.iteration_ns(chunks, num, context, logits)
-            load = lane.feet[index].remote_load
+            foot = lane.feet[index]
+            if self._wake_share and self._cold(foot):
+                duration += int(duration * self._wake_share)
+            load = foot.remote_load
             if load:
                 alone, duration = duration, int(duration * (1.0 + sum(load.values())))
                 lane.slowed += ((lane.stages[index].instance, duration - alone),)
             lane.durations[index] = duration
         if lane.spread:
             self.control.refresh_remote(lane)
+
+    def _cold(self, instance: SimInstance) -> bool:
+        """Has it been idle for so long that its next iteration is slower (`ClusterModel.wake_share`)?"""
+        return instance.serving is None and self.state.now - instance.idle_from > self.cluster.wake_after_ns
 
     def _enqueue(self, lane: SimLane, now: int) -> None:
         instance = lane.feet[lane.stage]
@@ -404,6 +417,7 @@ class SimExecutor:
         now = self.state.now
         instance = lane.feet[lane.stage]
         instance.serving = None
+        instance.idle_from = now
         if instance.piped:
             self.pipes.served(instance, lane.item_start, now)
         if lane.stage + 1 < len(lane.stages):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from bench.comm import between_workers, link, write_profile
-from bench.worker_cost import fit
+from bench.worker_cost import CLOCK, Start, fit, fit_start
 from bench.worker_cost import write_profile as worker_profile
 from common.errors import ConfigError
 from tests.dist.pool import own_hub_closed
@@ -36,16 +36,27 @@ def test_links_go_into_a_hardware_file(tmp_path) -> None:
 
 
 def test_host_times_are_what_operators_leave(tmp_path) -> None:
-    rows = [{"requests": batch, "operators (ms)": 0.3 * batch, "CPU (ms)": 0.3 * batch + 1.2 + 0.05 * batch}
+    rows = [{"requests": batch, "operators (ms)": 0.3 * batch, CLOCK: 0.3 * batch + 1.2 + 0.05 * batch}
             for batch in (1, 4, 16)]  # fmt: skip
     host = fit(rows)
     assert host == (pytest.approx(1.2e6), pytest.approx(5e4))
-    assert all(row["with host time (ms)"] == pytest.approx(row["CPU (ms)"]) for row in rows)
+    assert all(row["with host time (ms)"] == pytest.approx(row[CLOCK]) for row in rows)
     base = tmp_path / "mine.yaml"
     base.write_text(yaml.safe_dump({"name": "mine", "host_ns": 7, "provenance": "here"}))
-    values = yaml.safe_load(worker_profile(base, "workers", host).read_text())
+    values = yaml.safe_load(worker_profile(base, "workers", host, Start(3e5, 0.5, 2e6)).read_text())
     assert values["host_ns"] == pytest.approx(1.2e6, abs=1) and values["host_per_seq_ns"] == pytest.approx(5e4, abs=1)
+    assert (values["host_per_chunk_ns"], values["wake_share"], values["wake_after_ns"]) == (300_000, 0.5, 2_000_000)
     assert values["name"] == "workers" and values["provenance"].endswith("bench.worker_cost")
+
+
+def test_a_start_costs_what_is_left_and_what_a_pause_adds() -> None:
+    prompts = [{"operators (ms)": 0.1 * n, CLOCK: 0.1 * n + 1.3 + extra, "longer": longer}
+               for n, extra, longer in ((1, 0.1, 0.4), (4, 0.2, 0.5), (16, 0.9, 0.7))]  # fmt: skip
+    pauses = [{"pause (ms)": pause, "longer": longer} for pause, longer in ((0, 0.0), (1, 0.1), (5, 0.3), (50, 0.5))]
+    start = fit_start(prompts, pauses, (1.2e6, 1e5))
+    assert start == (pytest.approx(2e5), 0.5, 1e6)
+    quick = [{**row, CLOCK: 0.0, "longer": -0.1} for row in prompts]
+    assert fit_start(quick, [{**row, "longer": 0.0} for row in pauses], (1.2e6, 1e5)) == (0.0, 0.0, 0.0)
 
 
 def test_all_primitives_are_measured() -> None:

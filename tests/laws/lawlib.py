@@ -57,6 +57,7 @@ class Scenario:
     concurrency: int | None = None
     losses: tuple[tuple[int, int], ...] = ()  # (grid units, instance)
     watch: int = 0  # grid units between progress reports, 0: none
+    wake: int | None = None  # grid units of idleness after which an iteration takes twice as long
     routes: tuple[int, ...] = field(default=())  # of the lanes of `SharedLanes`: instances of the stages, in digits
 
     def config(self, max_leap: int | None = None) -> EngineConfig:
@@ -98,7 +99,8 @@ class Scenario:
     def model(self):
         kind = GridCost if self.grid else FakeCost
         cost = lambda layers, first, last: kind(layers, first, last, self.alpha)  # noqa: E731
-        return cluster(self.instances, self.blocks, LAYERS, self.block_size, cost=cost)
+        model = cluster(self.instances, self.blocks, LAYERS, self.block_size, cost=cost)
+        return model if self.wake is None else replace(model, wake_share=1.0, wake_after_ns=self.wake * GRID)
 
     def policy(self, max_leap: int | None = None):
         if self.routes:

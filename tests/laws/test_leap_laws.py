@@ -24,6 +24,12 @@ def test_leaps_of_any_size_give_the_same_times(scenario):
     same_for_all_leaps(scenario)
 
 
+@law(100)
+@given(scenarios() | shared_scenarios(), st.integers(0, 4))
+def test_only_the_first_iteration_after_idleness_is_slower(scenario, units):
+    same_for_all_leaps(replace(scenario, wake=units))
+
+
 @law(150)
 @given(shared_scenarios())
 def test_lanes_that_share_an_instance_take_turns_at_any_leap(scenario):
