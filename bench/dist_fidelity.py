@@ -63,7 +63,7 @@ def profile(folder: Path) -> tuple[Path, str]:
 def compare(system: str, hardware: Path) -> Found:
     """A real run and a simulated one."""
     overrides = [f"system={system}", *MODEL, *SYSTEMS[system], f"hardware={hardware}"]
-    record, spent = run_workers(overrides)
+    record, spent, _ = run_workers(overrides)
     simulated = run(overrides)[1]
     return Found(numbers(record), numbers(simulated), {**spent, "sim": iteration_ms(simulated)})
 

@@ -84,7 +84,7 @@ def measure(base: Path, tries: int) -> Rows:
 
 def _measure(base: Path, batch: int) -> dict[str, Any]:
     overrides = loop(base, batch)
-    record, spent = run_workers(overrides)
+    record, spent, _ = run_workers(overrides)
     tpot_ms = latencies(record).tpot
     return {"requests": batch, "operators (ms)": operators_ns(compose(overrides), batch) / 1e6,
             "CPU, at the worker (ms)": spent["CPU, at the worker"],

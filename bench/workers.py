@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from common.config import compose
 from common.record import RequestColumns, RunRecord
@@ -15,7 +16,7 @@ MODEL = ["model=tiny_llama", "model.dtype_bytes=4", "cost.traits=profile", "engi
          "workload.overlong=clip"]  # fmt: skip
 
 
-def run_workers(overrides: Sequence[str]) -> tuple[RunRecord, dict[str, float]]:
+def run_workers(overrides: Sequence[str]) -> tuple[RunRecord, dict[str, float], dict[str, Any]]:
     """One run on workers of this machine; nothing is written. Also what an iteration took, in ms: of the clock as the
     policy process saw it and at the worker, and of CPU at the worker and in the policy process."""
     from common.build_dist import dist_executor
@@ -39,7 +40,7 @@ def run_workers(overrides: Sequence[str]) -> tuple[RunRecord, dict[str, float]]:
     spent = {"clock": iteration_ms(record), "clock, at the worker": report["stage_wall_ms"],
              "CPU, at the worker": report["stage_cpu_ms"],
              "CPU, in the policy process": 1e3 * policy_s / max(1, report["stages"])}  # fmt: skip
-    return record, spent
+    return record, spent, report
 
 
 def iteration_ms(record: RunRecord) -> float:

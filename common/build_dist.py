@@ -74,8 +74,10 @@ def dist_executor(
             sampling=SamplingParams(temperature=runtime.temperature, seed=config.seed), seed=config.seed,
             poison=runtime.check, weights=runtime.weights,
         )  # fmt: skip
-        kind = WallExecutor if runtime.clock == "measured" else DistExecutor
-        return kind(cluster, workload, record, world=world, own_hub=own, **options)
+        if runtime.clock == "measured":
+            return WallExecutor(cluster, workload, record, world=world, own_hub=own,
+                                async_scheduling=runtime.async_scheduling, **options)  # fmt: skip
+        return DistExecutor(cluster, workload, record, world=world, own_hub=own, **options)
     except BaseException:
         if own:
             hub.close()

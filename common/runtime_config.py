@@ -18,12 +18,12 @@ CHOICES = {
     "launcher": ("auto", "ray"),
 }
 SECONDS = ("start_timeout_s", "reply_timeout_s", "transfer_timeout_s", "heartbeat_timeout_s")
-DIST_ONLY = {"backend", "launcher", "ray_address", "piece_kb", *SECONDS}
+DIST_ONLY = {"backend", "launcher", "ray_address", "piece_kb", "async_scheduling", *SECONDS}
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
-    """`sim` has a name only; the other keys are those of conf/runtime/local.yaml, the last eight of dist.yaml alone."""
+    """`sim` has a name only; the other keys are those of conf/runtime/local.yaml, the last nine of dist.yaml alone."""
 
     name: str
     device: str = "auto"
@@ -43,6 +43,7 @@ class RuntimeConfig:
     transfer_timeout_s: float = 120.0
     heartbeat_timeout_s: float = 20.0
     piece_kb: int = 256
+    async_scheduling: bool = True
 
     @classmethod
     def from_mapping(cls, tree: Mapping[str, Any]) -> RuntimeConfig:
@@ -66,8 +67,9 @@ class RuntimeConfig:
             raise ConfigError(f"runtime.threads={self.threads!r}: give a whole number of at least 1")
         if isinstance(self.temperature, bool) or not isinstance(self.temperature, int | float) or self.temperature < 0:
             raise ConfigError(f"runtime.temperature={self.temperature!r}: give a number of at least 0 (0: greedy)")
-        if not isinstance(self.check, bool):
-            raise ConfigError(f"runtime.check={self.check!r}: use true or false")
+        for key in ("check", "async_scheduling"):
+            if not isinstance(getattr(self, key), bool):
+                raise ConfigError(f"runtime.{key}={getattr(self, key)!r}: use true or false")
         if isinstance(self.piece_kb, bool) or not isinstance(self.piece_kb, int) or self.piece_kb < 1:
             raise ConfigError(f"runtime.piece_kb={self.piece_kb!r}: give a whole number of at least 1")
         for key in SECONDS:

@@ -12,7 +12,8 @@ from typing import Any
 
 from common.comm import messages as say
 
-STEPS = (say.RunStage, say.SendHidden, say.SendCells, say.SendLayers)  # they neither wait for it nor hold it up
+STEPS = (say.RunStage, say.Continue, say.SendHidden, say.SendCells, say.SendLayers)
+"""They neither wait for it nor hold it up."""
 
 
 class Beside:

@@ -57,6 +57,7 @@ class Ear:
     def __init__(self, connection: Any) -> None:
         self.orders: Orders = SimpleQueue()
         self.beside: Beside | None = None
+        self.recalled: set[int] = set()  # numbers of iterations ordered ahead; who carries one out takes it from here
         self._early: list[tuple[int, Any]] = []
         self._lock = threading.Lock()
         threading.Thread(target=self._read, args=(connection,), daemon=True).start()
@@ -70,6 +71,9 @@ class Ear:
 
     def _sort(self, sequence: int, order: Any) -> None:
         assert self.beside is not None
+        if isinstance(order, say.Recall):  # overtakes what it recalls, as far as it can
+            self.recalled.add(order.number)
+            return
         attends = self.beside.note(sequence, order)
         if attends is not None:
             self.orders.put((sequence, order, attends))
@@ -114,4 +118,5 @@ def serve(ear: Ear, mouth: Mouth, handlers: Mapping[type, Handler], beside: Besi
             beside.after()
 
 
-ANSWERED = (say.Setup, say.Stop, say.DropPages, Arrival, say.RunStage)  # `Arrival` for `TakeCells` and `Load`
+ANSWERED = (say.Setup, say.Stop, say.DropPages, Arrival, say.RunStage, say.Continue)
+"""`Arrival` for `TakeCells` and `Load`."""

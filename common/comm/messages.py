@@ -164,6 +164,19 @@ class RunStage(NamedTuple):
     source: int | None
 
 
+class Continue(NamedTuple):
+    """A lane's decode iteration after the one before it here: each request one token further on, from the token just
+    sampled, in the blocks that it has. Answered as `RunStage`."""
+
+    lane: int
+
+
+class Recall(NamedTuple):
+    """The `Continue` of this number need not be run any more; its answer is not waited for."""
+
+    number: int
+
+
 class Attend(NamedTuple):
     """A creditor's part of a stage at `home`: layer by layer q, k, v come and (o, lse) go back."""
 

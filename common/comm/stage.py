@@ -14,7 +14,7 @@ from common.engine.instance import EngineInstance, InstanceBytes
 from common.engine.model import Attend as AttendCall
 from common.engine.runner import Item, Place, Runner, StageTimes
 from common.engine.shard import ordered_sum
-from common.engine.work import Batch, PlacePlan, to_device
+from common.engine.work import Batch, Pass, PlacePlan, Write, to_device
 from common.errors import ContractError
 from common.types import Layers
 
@@ -25,6 +25,18 @@ def moved_tokens(plan: PlacePlan, num_tokens: int) -> tuple[list[int], list[int]
     queries = {int(t) for part in plan.passes for t in (everyone if part.queries is None else part.queries)}
     writes = {int(t) for write in plan.writes for t in (everyone if write.tokens is None else write.tokens)}
     return sorted(queries), sorted(writes)
+
+
+def further(message: RunStage, ids: list[int]) -> RunStage:
+    """The same decodes one token further on, within their blocks; all of their KV is at home."""
+    ((layers, (plan,)),) = message.bands
+    ((rows, queries),), ((tokens, slots),) = plan.passes, plan.writes
+    batch = message.batch
+    works = tuple([work._replace(first=work.first + 1) for work in batch.works])
+    rows = rows._replace(q_pos=rows.q_pos + 1, kv_len=rows.kv_len + 1)
+    moved = PlacePlan(plan.instance, plan.tier, [Write(tokens, slots + 1)], [Pass(rows, queries)])
+    return message._replace(batch=Batch(works, batch.first + 1, batch.count, batch.start), ids=ids,
+                            bands=((layers, (moved,)),))  # fmt: skip
 
 
 class Creditor(NamedTuple):
@@ -49,6 +61,7 @@ class StageRunner(Runner):
         self.peers, self.teams = peers, teams
         self.position = peers.team.index(peers.rank)  # among the ranks of its instance
         self.hidden: dict[int, Tensor] = {}  # lane -> what its stage here left for the next one
+        self._last: dict[int, tuple[RunStage, list[tuple[int, int]]]] = {}  # lane -> what ran last here, and its tokens
         self._bands: dict[Layers, tuple[PlacePlan, ...]] = {}
         self._creditors: list[Creditor] = []
         self._lost: set[int] = set()
@@ -73,7 +86,13 @@ class StageRunner(Runner):
         if message.layers[1] < self.decoder.spec.num_layers:
             assert item.hidden is not None
             self.hidden[message.lane] = item.hidden
+        self._last[message.lane] = message, item.sampled
         return item.sampled, tuple(sorted(self._lost))
+
+    def proceed(self, lane: int, home: int, sequence: int) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+        """A lane's next decode iteration."""
+        message, sampled = self._last[lane]
+        return self.stage(further(message, [token for _, token in sampled]), home, sequence)
 
     def _sample(self, item: Item) -> None:
         if self.position == 0:
@@ -102,9 +121,9 @@ class StageRunner(Runner):
 
     # ------------------------------------------------------------ attention at home
 
-    def _prepare(self, batch: Batch, home: int, band: Layers) -> list[Place]:
+    def _prepare(self, item: Item, home: int, band: Layers) -> list[Place]:
         own, *others = self._bands[band]
-        self._creditors = [self._creditor(plan, batch.num_tokens) for plan in others]
+        self._creditors = [self._creditor(plan, item.batch.num_tokens) for plan in others]
         return [self._on_device(own)]
 
     def _creditor(self, plan: PlacePlan, num_tokens: int) -> Creditor:

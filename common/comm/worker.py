@@ -36,8 +36,8 @@ from common.kernels.select import choose
 class Worker:
     """Carries orders out. Handlers take (order, sequence) and return what an answer says."""
 
-    def __init__(self, peers: Peers, copies: Copies) -> None:
-        self.peers, self.copies = peers, copies
+    def __init__(self, peers: Peers, copies: Copies, recalled: set[int]) -> None:
+        self.peers, self.copies, self.recalled = peers, copies, recalled
         self.instances: dict[int, InstanceBytes] = {}
         self.setup_number = 0
         self._ran = (0, 0.0)  # stages, and seconds of the clock that they took
@@ -62,7 +62,8 @@ class Worker:
             say.CancelTake: lambda order, _: self._void.add(order.number),
             say.SendHidden: self._send_hidden,
             say.Forget: lambda order, _: self.runner.hidden.pop(order.lane, None),
-            say.RunStage: self._run_stage,
+            say.RunStage: lambda order, sequence: self._timed(self.runner.stage, order, sequence),
+            say.Continue: self._continue,
             Arrival: self._arrived,
         }
 
@@ -123,12 +124,20 @@ class Worker:
         for index in list(self.instances):
             self.instances.pop(index).close()
 
-    def _run_stage(self, order: say.RunStage, sequence: int) -> Any:
+    def _continue(self, order: say.Continue, sequence: int) -> Any:
+        if self.recalled:
+            recalled = sequence in self.recalled
+            self.recalled.difference_update([number for number in list(self.recalled) if number <= sequence])
+            if recalled:
+                return [], ()
+        return self._timed(self.runner.proceed, order.lane, sequence)
+
+    def _timed(self, run: Callable[[Any, int, int], Any], what: Any, sequence: int) -> Any:
         wall = time.perf_counter()
         if not self._ran[0]:
             self._cpu_from = time.process_time()
         try:
-            return self.runner.stage(order, self.index, sequence)
+            return run(what, self.index, sequence)
         finally:
             num, wall_s = self._ran
             self._ran = (num + 1, wall_s + time.perf_counter() - wall)
@@ -248,7 +257,7 @@ def work() -> None:
         print(f"worker {os.environ.get('RANK')}: {str(error).splitlines()[0]}", file=sys.stderr)
         os._exit(1)
     copies = Copies(peers, terms.piece_bytes, lambda arrival: ear.orders.put((arrival.number, arrival, None)))
-    worker = Worker(peers, copies)
+    worker = Worker(peers, copies, ear.recalled)
     beside = Beside(lambda sequence, order: carry_out(mouth, sequence, order, worker.attend))
     ear.start(beside)
     mouth.beats(worker.beat, terms.beat_s)

@@ -133,6 +133,12 @@ class RemoteRunner:
         world.ordered += traffic
         return times
 
+    def proceed(self, item: RemoteItem, home: int) -> None:
+        """Order a lane's decode iteration after the one that its only worker was given last."""
+        (rank,) = self.world.hub.teams[home]
+        item.pending.append((rank, self.world.hub.post((rank, say.Continue(item.lane)))))
+        item.previous = home
+
     @staticmethod
     def _hop(lane: int, here: Sequence[int], there: Sequence[int]) -> tuple[list[tuple[int, Any]], list[int | None]]:
         """Orders for hidden states to go from one stage's ranks, which all have them, to the next one's; and from whom

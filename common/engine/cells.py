@@ -23,12 +23,13 @@ class RequestCells:
     """`table[l, b]`: the cell that layer l of block b is read from, -1 if nowhere. `run[l, b]`: the start of the held
     run that it belongs to, -1 where the request reads a named block that is not its own."""
 
-    __slots__ = ("_checked", "lease", "run", "table")
+    __slots__ = ("_checked", "lease", "run", "table", "version")
 
     def __init__(self, num_layers: int) -> None:
         self.table: Cells = np.full((num_layers, 0), -1, np.int32)
         self.run: Cells = np.full((num_layers, 0), -1, np.int32)
         self.lease: list[bytes] = []  # named blocks that this request pins
+        self.version = 0  # how often blocks that were there have moved or gone
         self._checked: dict[tuple[int, int], int] = {}
 
     def reach(self, num_blocks: int) -> None:
@@ -41,6 +42,7 @@ class RequestCells:
 
     def changed(self) -> None:
         """Blocks that were there before have moved or gone."""
+        self.version += 1
         self._checked.clear()
 
     def uniform(self, low: int, high: int, num_blocks: int) -> bool:

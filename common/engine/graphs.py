@@ -24,14 +24,14 @@ from torch import Tensor
 
 from common.engine.instance import EngineInstance
 from common.engine.sampler import greedy
-from common.engine.work import Batch, plan_band
+from common.engine.work import Batch
 from common.kernels.cache import write_kv
 from common.kernels.plan import Rows
 from common.kernels.static import StaticPlan, can_be_static, static_key, static_plan
 from common.types import Layers
 
 if TYPE_CHECKING:
-    from common.engine.runner import Runner
+    from common.engine.runner import Item, Runner
 
 BUCKETS = (1, 2, 4, *range(8, 257, 8))
 """Batch sizes that are captured; larger batches run eagerly."""
@@ -145,12 +145,12 @@ class DecodeGraphs:
             for work in batch.works
         )  # fmt: skip
 
-    def run(self, batch: Batch, ids: list[int], home: int) -> tuple[Tensor, Tensor, float] | None:
+    def run(self, item: Item, home: int) -> tuple[Tensor, Tensor, float] | None:
         """(logits [n, vocab], tokens [n]) of an eligible iteration, valid until the next, and the seconds that went
         into capturing; None if its tables are not uniform. Does not wait for the device."""
         runner, layers = self._runner, (0, self._runner.decoder.spec.num_layers)
-        engine = runner.instances[home]
-        [place] = plan_band(batch, home, layers, runner.block_size, lambda index, tier: engine.stores[tier])
+        engine, ids = runner.instances[home], item.ids
+        [place] = runner.plans(item, home, layers)
         rows = place.passes[0].rows
         if rows.tables.ndim != 2:
             return None
@@ -158,7 +158,7 @@ class DecodeGraphs:
         graph = self._graph(engine, home, rows)
         spent = runner.clock() - begin if self.counts.captures > captures else 0.0
         self.counts.capture_s += spent
-        graph.fill(np.array(ids, np.int64), batch.first, place.writes[0].slots, rows)
+        graph.fill(np.array(ids, np.int64), item.batch.first, place.writes[0].slots, rows)
         graph.replay()
         self.counts.replays += 1
         return graph.logits_RV[: len(ids)], graph.tokens_R[: len(ids)], spent

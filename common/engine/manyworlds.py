@@ -41,6 +41,10 @@ class ManyWorlds:
         """One iteration of a batch."""
         return self._at(instance).run_stage(item, instance, layers)
 
+    def plan(self, item: Item, instance: int, layers: Layers) -> None:
+        """Make the plans of a stage before its turn."""
+        self._at(instance).plan(item, instance, layers)
+
     def move(
         self, src: tuple[int, Tier, NDArray[np.int32]], dst: tuple[int, Tier, NDArray[np.int32]],
         tokens: tuple[int, int], first_block: int,

@@ -60,11 +60,14 @@ class StageTimes:
 class Item:
     """One iteration of a lane, from its first stage to its last."""
 
-    __slots__ = ("batch", "hidden", "ids", "sampled")
+    __slots__ = ("batch", "drawn", "hidden", "ids", "meanwhile", "plans", "sampled")
 
     def __init__(self, batch: Batch, ids: list[int]) -> None:
         self.batch = batch
         self.ids = ids
+        self.plans: dict[Layers, list[PlacePlan]] = {}  # by band, where they were made before
+        self.meanwhile: Callable[[], None] | None = None  # what the host may do while the device computes this
+        self.drawn: tuple[Tensor, Tensor] | None = None  # logits and tokens on the device: the last stage is launched
         self.hidden: Tensor | None = None
         self.sampled: list[tuple[int, int]] = []  # (request, token), once the last stage has run
 
@@ -119,6 +122,7 @@ class Runner:
         self.embedding = source.embedding().to(device)
         self.head = Head(source.head().to(device))
         self.norm = source.final_norm().to(device)
+        self.overlaps = device.type == "cuda"  # does the device compute while the host goes on?
         self.graphs = make_graphs(self, graphs, max_len or decoder.spec.max_position)
 
     @property
@@ -139,6 +143,10 @@ class Runner:
             captured = self._replay(item, home, layers)
             if captured is None:
                 self._run_eagerly(item, home, layers, times)
+            if item.meanwhile is not None and self.overlaps:
+                item.meanwhile()
+            if item.drawn is not None:
+                self._sampled(item, *item.drawn)
         self._wait()
         times.seconds = self.clock() - begin - (captured or 0.0)
         return times
@@ -147,11 +155,11 @@ class Runner:
         """Run an iteration by a graph; the seconds that went into capturing it. None: run it eagerly."""
         if self.graphs is None or not self.graphs.eligible(item.batch, home, layers):
             return None
-        done = self.graphs.run(item.batch, item.ids, home)
+        done = self.graphs.run(item, home)
         if done is None:
             return None
         logits, tokens, seconds = done
-        self._sampled(item, logits, tokens)
+        item.drawn = logits, tokens
         return seconds
 
     def _run_eagerly(self, item: Item, home: int, layers: Layers, times: StageTimes) -> None:
@@ -162,7 +170,7 @@ class Runner:
         rotation = self.decoder.rotation(to_device(item.batch.positions(), self.device))
         last = self.decoder.spec.num_layers - 1
         for band in item.batch.bands(layers):
-            places = self._prepare(item.batch, home, band)
+            places = self._prepare(item, home, band)
             for layer in range(*band):
                 rows = self._sampled_rows(item) if layer == last else None
                 item.hidden = self._layer(home, layer, item.hidden, rotation, places, layer - band[0], times, rows)
@@ -179,12 +187,18 @@ class Runner:
 
     # ------------------------------------------------------------ attention
 
-    def _prepare(self, batch: Batch, home: int, band: Layers) -> list[Place]:
+    def plans(self, item: Item, home: int, band: Layers) -> list[PlacePlan]:
+        """Who writes and attends what in a band of layers; made once."""
+
         def store(instance: int, tier: Tier) -> CellStore:
             return self.instances[instance].stores[tier]
 
-        plans = plan_band(batch, home, band, self.block_size, store)
-        return [self._on_device(plan, band[1] - band[0] - 1) for plan in plans]
+        if band not in item.plans:
+            item.plans[band] = plan_band(item.batch, home, band, self.block_size, store)
+        return item.plans[band]
+
+    def _prepare(self, item: Item, home: int, band: Layers) -> list[Place]:
+        return [self._on_device(plan, band[1] - band[0] - 1) for plan in self.plans(item, home, band)]
 
     def _on_device(self, plan: PlacePlan, num_layers: int = 0) -> Place:
         device = self.device
@@ -267,7 +281,7 @@ class Runner:
             logits = self.decoder.logits(item.hidden, self.norm, self.head)
             draws = [Draw(self.sampling, work.request_id, work.first + work.num) for work in works]
             tokens = sample(logits, draws)
-        self._sampled(item, logits, tokens)
+        item.drawn = logits, tokens
 
     def _sampled(self, item: Item, logits: Tensor, tokens: Tensor) -> None:
         """Tokens of the works that sample, row by row; ContractError on NaN where that is looked for."""

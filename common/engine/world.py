@@ -83,6 +83,11 @@ class EngineWorld:
         """One iteration of a batch at one stage."""
         return self.runner.run_stage(item, instance, layers)
 
+    def plan(self, item: Item, instance: int, layers: Layers) -> None:
+        """Make the plans of a stage before its turn."""
+        for band in item.batch.bands(layers):
+            self.runner.plans(item, instance, band)
+
     def move(
         self, src: tuple[int, Tier, NDArray[np.int32]], dst: tuple[int, Tier, NDArray[np.int32]],
         tokens: tuple[int, int], first_block: int,

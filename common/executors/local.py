@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from common.engine.work import Batch, Work
 from common.engine.world import EngineWorld
 from common.errors import ContractError
 from common.executors.localbooks import LocalBooks, LocalLosses, LocalMembers, LocalState
+from common.executors.prepared import PreparedItems
 from common.executors.sim import SimExecutor, SimInstance
 from common.executors.simlane import SimLane
 from common.executors.simremote import fetch_ns
@@ -102,6 +103,7 @@ class LocalExecutor(SimExecutor):
         self.tokens: dict[int, list[int]] = {}  # request -> all known ids
         self._items: dict[int, Item] = {}  # lane -> its iteration under way
         self._flying: set[int] = set()  # lanes whose iteration under way decodes
+        self.prepared = PreparedItems(self)
         self._handlers: dict[type, Callable[[Any], None]] = {FreeSpan: self._before_free}
         for index, up in enumerate(self.state.up):
             if up:
@@ -227,6 +229,7 @@ class LocalExecutor(SimExecutor):
             self._items[lane.id] = self._compose(lane)
         stage = lane.stages[lane.stage]
         item = self._items[lane.id]
+        item.meanwhile = partial(self.prepared.prepare, lane)
         times = self.world.run_stage(item, stage.instance, stage.layers)
         duration = self._account(lane, stage.instance, times)
         if self.measured:
@@ -255,6 +258,10 @@ class LocalExecutor(SimExecutor):
 
     def _compose(self, lane: SimLane) -> Item:
         """The lane's next iteration: a token of every decoding request, then chunks of prompts."""
+        known = self.prepared.take(lane)
+        if known is not None:
+            self._flying.add(lane.id)
+            return known
         works: list[Work] = []
         if lane.runs_decodes and lane.members:
             self._grow(lane)

@@ -13,15 +13,17 @@ from heapq import heappop
 from typing import Any
 
 from common.comm.world import RemoteItem
+from common.engine.runner import StageTimes
 from common.errors import Stalled
-from common.executors.dist import DistExecutor
+from common.executors.ahead import RunAhead
+from common.executors.dist import DistExecutor, DistLosses
 from common.executors.network import Flow
 from common.executors.sim import SimInstance
 from common.executors.simlane import SimLane
 from common.executors.simlinks import Links
 from common.executors.simstate import ARRIVAL, BEFORE_LANES, DONE, TIMER
 from common.executors.source import NEVER
-from common.types import CopySpan, Event, LoadLayers
+from common.types import CopySpan, Event, Interrupt, LoadLayers, StepDone
 
 LOOK_S = 0.25  # at least so often workers are looked after
 Key = tuple[int, int]  # (rank, number of its order)
@@ -45,10 +47,22 @@ class WallLinks(Links):
         return None
 
 
-class WallExecutor(DistExecutor):
-    """See the module docstring."""
+class WallLosses(DistLosses):
+    """As by the modelled clock; nor for the iteration that was to follow."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    executor: WallExecutor
+
+    def halt(self, lane: SimLane) -> None:
+        self.executor.ahead.recall(lane)
+        super().halt(lane)
+
+
+class WallExecutor(DistExecutor):
+    """See the module docstring. `async_scheduling`: as in `common.executors.ahead`."""
+
+    losses_type = WallLosses
+
+    def __init__(self, *args: Any, async_scheduling: bool = True, **options: Any) -> None:
         super().__init__(*args, measured=True, **options)
         self.moves.links = self.moves.params.links = WallLinks(self.state)
         self.world.hub.arrived = self._note
@@ -57,6 +71,7 @@ class WallExecutor(DistExecutor):
         self._others: dict[Key, Callable[[Key], None]] = {}  # copies and loads on their way: what to do when there
         self._copying: dict[int, Key] = {}  # command -> its order
         self._came: deque[Key] = deque()
+        self.ahead = RunAhead(self, async_scheduling)
 
     # ------------------------------------------------------------ clock
 
@@ -156,17 +171,49 @@ class WallExecutor(DistExecutor):
     def _serve(self, instance: SimInstance, lane: SimLane, now: int) -> None:
         """As in local; when it ends its worker says."""
         self.books.settle()
+        known = self.ahead.take(lane) if lane.stage == 0 else None
+        if known is not None:
+            self._items[lane.id] = known
+            self._flying.add(lane.id)
+            times = StageTimes()
+        else:
+            times = self._order(lane)
+        self._account(lane, instance.id, times)
+        instance.serving = lane
+        lane.item_start = now
+        self.state.sequence = lane.due = self.state.sequence + 1
+        item = self._items[lane.id]
+        assert isinstance(item, RemoteItem)
+        key = item.pending[-1]
+        self._stages[key] = (lane, lane.due)
+        if self.world.hub.ready(*key) and self.world.hub.alive(key[0]):  # it has been answered already
+            self._came.append(key)
+        self.ahead.order(lane)
+        if lane.followers:
+            self.moves.item_started(lane, now, 0)
+
+    def _order(self, lane: SimLane) -> StageTimes:
+        """Have a worker run a lane's stage."""
         if lane.stage == 0:
             self._items[lane.id] = self._compose(lane)
         stage, item = lane.stages[lane.stage], self._items[lane.id]
         assert isinstance(item, RemoteItem)
-        self._account(lane, stage.instance, self.world.runner.run_stage(item, stage.instance, stage.layers))
-        instance.serving = lane
-        lane.item_start = now
-        self.state.sequence = lane.due = self.state.sequence + 1
-        self._stages[item.pending[-1]] = (lane, lane.due)
-        if lane.followers:
-            self.moves.item_started(lane, now, 0)
+        times: StageTimes = self.world.runner.run_stage(item, stage.instance, stage.layers)
+        return times
+
+    def _interrupt(self, command: Interrupt) -> None:
+        super()._interrupt(command)
+        lane = self.lanes.get(command.lane)
+        if lane is not None and lane.stop:
+            self.ahead.recall(lane)
+
+    def _step_done(self, lane: SimLane) -> StepDone:
+        self.ahead.recall(lane)
+        return super()._step_done(lane)
+
+    def report(self) -> dict[str, Any]:
+        """As by the modelled clock; and iterations ordered ahead, and those that came to be."""
+        return {**super().report(), "iterations_ahead": {"ordered": self.ahead.ordered, "used": self.ahead.used}}
 
     def boundary_ns(self, instance: int) -> int:
         """Workers do one thing after the other: what is ordered now comes after the iteration that runs."""

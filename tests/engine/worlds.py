@@ -40,9 +40,12 @@ def source_of(spec: DecoderSpec, seed: int = 0) -> MemorySource:
 
 
 def tiny_world(model: ClusterModel, spec: DecoderSpec | None = None, poison: bool = True, **options) -> EngineWorld:
-    """A world for a cluster of `tests.fakes`, or of any spec whose cells have that size."""
+    """A world for a cluster of `tests.fakes`, or of any spec whose cells have that size. As on a GPU, iterations are
+    prepared before their turn."""
     spec = spec or tiny_spec(model.num_layers)
-    return EngineWorld(model.instances, spec, source_of(spec), model.block_size, poison=poison, **options)
+    world = EngineWorld(model.instances, spec, source_of(spec), model.block_size, poison=poison, **options)
+    world.runner.overlaps = True
+    return world
 
 
 def fitting_cluster(spec: DecoderSpec, instances: int, cells: int, block_size: int, host_cells: int = 0, tp: int = 1,
