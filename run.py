@@ -104,10 +104,10 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
     begin, begin_cpu = time.perf_counter(), time.process_time()
     record = RunRecord(RequestColumns.empty(workload.num_requests))
     executor = make_executor(config, workload, record)
-    policy = make_policy(config.system, executor.cluster.info(), config.engine, config.system_options)
     was_enabled = gc.isenabled()
     gc.disable()  # nothing cyclic is made per event; a tenth of the time goes otherwise
     try:
+        policy = make_policy(config.system, executor.cluster.info(), config.engine, config.system_options)
         with (
             _recorded(config, executor) as seen,
             Progress(record, workload.num_requests, _doing(config)) as progress,
@@ -197,9 +197,7 @@ def _stoppable(progress: Callable[[int], None]) -> Iterator[Callable[[int], None
 
 def execute(config: RunConfig, quiet: bool = False) -> Outcome:
     """Run, write the results folder, print the table, draw. Raises KVPlaneError on what a user can mend."""
-    from common.metrics import summarize
     from common.results import RunFolder
-    from common.spanning import gpus_per_instance
     from workloads.build import build
 
     if config.runtime.name not in ("sim", "local", "dist"):
@@ -214,6 +212,21 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
     workload = served(workload, config.engine.max_model_len)
     workload_s = time.perf_counter() - begin
     done = replay(config, workload)
+    try:
+        summary, manifest = _write(config, folder, workload, done, workload_s)
+    finally:
+        done.executor.close()
+    _present(config, done.record, folder.path, summary, manifest, quiet)
+    return Outcome(folder.path, summary, manifest)
+
+
+def _write(
+    config: RunConfig, folder: Any, workload: Any, done: Replayed, workload_s: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The results folder's files; summary and manifest."""
+    from common.metrics import summarize
+    from common.spanning import gpus_per_instance
+
     record, engine = done.record, done.executor.report()
     summary = {**summarize(record, config.slo, gpus_per_instance(config)), **_context(workload, record)}
     facts = {
@@ -235,9 +248,7 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
     }
     manifest = folder.write(record, config_yaml=config.yaml, summary=summary, facts=facts, simulate_s=done.seconds,
                             log_segments=config.log.segments, outputs=_outputs(config, done.executor))  # fmt: skip
-    done.executor.close()
-    _present(config, record, folder.path, summary, manifest, quiet)
-    return Outcome(folder.path, summary, manifest)
+    return summary, manifest
 
 
 def _outputs(config: RunConfig, executor: SimExecutor) -> str | None:

@@ -65,11 +65,11 @@ class End:
         if work is not None:
             work()
         if self.asks:
-            self.peers.receive("attention", note, self.other, number)
+            self.peers.receive("queries", note, self.other, number)
         else:
             while not arrived:
                 time.sleep(5e-5)
-            self.peers.send("attention", note, self.other, number)
+            self.peers.send("queries", note, self.other, number)
         return time.perf_counter() - begin
 
     def _fetched(self, copies: Copies, tensor: Tensor, number: int, arrived: list[float]) -> Callable[[], Any]:
@@ -88,7 +88,7 @@ def percentiles(seconds: list[float], num_bytes: int) -> dict[str, float]:
 def primitives(end: End, rounds: int) -> dict[str, list[dict[str, float]]]:
     """Every primitive over message size."""
     found: dict[str, list[dict[str, float]]] = {}
-    for kind, name in (("hidden", "activation (send, receive)"), ("attention", "query or partial (send, receive)")):
+    for kind, name in (("hidden", "activation (send, receive)"), ("queries", "query or partial (send, receive)")):
         found[name] = [percentiles(end.one_way(kind, size, rounds if size < 1 << 20 else rounds // 4), size)
                        for size in SIZES]  # fmt: skip
     copies = Copies(end.peers, PIECE, lambda arrival: None)
@@ -148,7 +148,7 @@ def overlap(end: End, rounds: int) -> list[dict[str, Any]]:
         begin = time.perf_counter()
         compute()
         work = time.perf_counter() - begin
-        end.swap("attention", end.bytes(8), end.bytes(8))
+        end.swap("queries", end.bytes(8), end.bytes(8))
         alone, both = end.copy(copies, tensor), end.copy(copies, tensor, compute)
         rows.append((work, alone, both))
     work, alone, both = (float(np.median(column)) for column in zip(*rows))
@@ -167,6 +167,6 @@ def run_end(environment: dict[str, str], backend: str, rounds: int, answer: Any)
              "Overlap of copy and compute": overlap(end, rounds)}  # fmt: skip
     if end.asks:
         answer.send(found)
-    end.swap("attention", end.bytes(8), end.bytes(8))
+    end.swap("queries", end.bytes(8), end.bytes(8))
     time.sleep(0.2)
     os._exit(0)

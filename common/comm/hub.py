@@ -144,8 +144,10 @@ class Hub:
         self._heard = dict.fromkeys(self._connections, time.monotonic())
 
     def _fork(self, each: Mapping[int, Mapping[str, str]]) -> None:
+        """Daemons: whatever goes wrong, this process can end."""
         for rank, extra in each.items():
-            process = FORKS.Process(target=WORKER, args=({**os.environ, **extra},), name=f"worker {rank}")
+            process = FORKS.Process(target=WORKER, args=({**os.environ, **extra},), name=f"worker {rank}",
+                                    daemon=True)  # fmt: skip
             process.start()
             self.processes[rank] = process
 
@@ -246,6 +248,9 @@ class Hub:
     def _take(self, rank: int, connection: Connection) -> None:
         try:
             came = connection.recv()
+        except BlockingIOError:
+            self.lose(rank, f"hung: the rest of a message did not come for {self.timeouts.heartbeat_s:g} s")
+            return
         except (EOFError, OSError):
             self.lose(rank, "its connection is closed")
             return

@@ -51,7 +51,8 @@ class Door:
 
     def admit(self, timeout_s: float, send_s: float) -> tuple[int, Connection] | None:
         """(rank, connection) of the next worker; None if nobody came, or somebody who does not know the secret. A
-        send that the other side does not take for `send_s` is an OSError."""
+        send that the other side does not take for `send_s`, or the rest of a message that does not come for so long,
+        is an OSError."""
         self._socket.settimeout(timeout_s)
         try:
             accepted, _ = self._socket.accept()
@@ -68,7 +69,7 @@ class Door:
             connection.close()
             return None
         with socket.socket(fileno=os.dup(connection.fileno())) as same:
-            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _seconds(0.0))
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _seconds(send_s))
         return rank, connection
 
     def close(self) -> None:
@@ -94,6 +95,9 @@ def _seconds(value: float) -> bytes:
 def _connection(opened: socket.socket) -> Connection:
     opened.settimeout(None)
     opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that is gone says nothing
+    for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
+        opened.setsockopt(socket.IPPROTO_TCP, option, value)
     return Connection(opened.detach())
 
 

@@ -1,4 +1,7 @@
-"""Worker to worker: tensors by isend and irecv over three process groups, counted in bytes."""
+"""Worker to worker: tensors by isend and irecv over four process groups, counted in bytes.
+
+Between two workers each group has one thread that sends and one that receives, both in the global order of orders: so
+messages need no tags to find their receivers (NCCL has none; Gloo's catch what would go wrong)."""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ from torch import Tensor
 
 from common.errors import KVPlaneError
 
-GROUPS = ("hidden", "copies", "attention")  # a process group each: activations, KV and parameters, remote attention
-KINDS = (*GROUPS, "reduce")  # and between the ranks of an instance, in a group of their own
+CHANNELS = {"hidden": "hidden", "copies": "copies", "queries": "attention", "partials": "attention"}
+"""A process group each, by what its bytes count as: activations; KV and parameters; remote attention there and back."""
+KINDS = ("hidden", "copies", "attention", "reduce")
+"""`reduce`: between the ranks of an instance, in a group of their own."""
 TAGS = 1 << 30
 
 
@@ -36,7 +41,7 @@ class Peers:
     ) -> None:  # fmt: skip
         """`teams`: workers of each instance."""
         workers, timeout = list(range(1, world_size)), timedelta(seconds=timeout_s)
-        self._groups = {kind: dist.new_group(workers, timeout=timeout, backend=backend) for kind in GROUPS}
+        self._groups = {channel: dist.new_group(workers, timeout=timeout, backend=backend) for channel in CHANNELS}
         self.rank, self._team_group = rank, None
         self.team: tuple[int, ...] = (rank,)  # of this instance
         for team in teams:  # all processes make all groups
@@ -61,34 +66,38 @@ class Peers:
             self._sent.clear()
             self._received.clear()
 
-    def send(self, kind: str, tensor: Tensor, to: int, sequence: int) -> None:
+    def send(self, channel: str, tensor: Tensor, to: int, sequence: int) -> None:
         """Returns at once; the tensor is nobody else's from now on. To a peer that is gone nothing is sent."""
-        work = self.start(kind, tensor, to, sequence)
+        work = self.start(channel, tensor, to, sequence)
         if work is not None:
             self._sending.put((work, tensor))
 
-    def start(self, kind: str, tensor: Tensor, to: int, sequence: int) -> Any:
+    def start(self, channel: str, tensor: Tensor, to: int, sequence: int) -> Any:
         """As `send`; what to wait for before the tensor may go. None: the peer is gone."""
         with self._lock:
-            self._sent[kind] += tensor.numel() * tensor.element_size()
+            self._sent[CHANNELS[channel]] += tensor.numel() * tensor.element_size()
         try:
-            return dist.isend(tensor, to, group=self._groups[kind], tag=sequence % TAGS)
+            return dist.isend(tensor, to, group=self._groups[channel], tag=sequence % TAGS)
         except RuntimeError:
             return None  # the policy learns of it from the peer's own connection
 
-    def receive(self, kind: str, tensor: Tensor, source: int, sequence: int) -> Tensor:
+    def receive(self, channel: str, tensor: Tensor, source: int, sequence: int) -> Tensor:
         """Fill a contiguous tensor. PeerLost; KVPlaneError when the peer is there but silent."""
         try:
-            work: Any = dist.irecv(tensor, source, group=self._groups[kind], tag=sequence % TAGS)
+            work: Any = dist.irecv(tensor, source, group=self._groups[channel], tag=sequence % TAGS)
             work.wait()
         except RuntimeError as error:
-            if "imed out" in str(error) or "imeout" in str(error):
-                raise KVPlaneError(f"nothing came from worker {source} for {self._timeout_s:g} s ({kind}); "
-                                   "see runtime.transfer_timeout_s") from None  # fmt: skip
+            self._unless_silent(error, f"worker {source}", channel)
             raise PeerLost(source) from None
         with self._lock:
-            self._received[kind, source] += tensor.numel() * tensor.element_size()
+            self._received[CHANNELS[channel], source] += tensor.numel() * tensor.element_size()
         return tensor
+
+    def _unless_silent(self, error: RuntimeError, who: str, kind: str) -> None:
+        """KVPlaneError where a peer is there and says nothing."""
+        if "imed out" in str(error) or "imeout" in str(error):
+            raise KVPlaneError(f"nothing came from {who} for {self._timeout_s:g} s ({kind}); "
+                               "see runtime.transfer_timeout_s") from None  # fmt: skip
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks of this instance, in their order; all of them call it. PeerLost."""
@@ -99,7 +108,8 @@ class Peers:
             self._sent["reduce"] += size * len(others)
         try:
             dist.all_gather(parts, tensor, group=self._team_group)
-        except RuntimeError:  # who of them is gone it does not say: the instance is lost with any
+        except RuntimeError as error:  # who of them is gone it does not say: the instance is lost with any
+            self._unless_silent(error, f"the other ranks of worker {self.rank}'s instance", "reduce")
             raise PeerLost(others[0]) from None
         with self._lock:
             self._received.update({("reduce", rank): size for rank in others})

@@ -139,7 +139,7 @@ class StageRunner(Runner):
         def together(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for creditor in creditors:
                 out = pack(q[creditor.queries], k[creditor.writes], v[creditor.writes])
-                self.peers.send("attention", out, creditor.rank, self._sequence)
+                self.peers.send("queries", out, creditor.rank, self._sequence)
             self._write(home, k, v, layer)
             parts = self._partials(home, q, layer)
             for creditor in creditors:
@@ -154,7 +154,7 @@ class StageRunner(Runner):
         shapes = [shape for num, _ in creditor.passes for shape in self._partial_shapes(num)]
         data = torch.empty(packed_bytes(*shapes), dtype=torch.uint8, device=self.device)
         try:
-            flat = unpack(self.peers.receive("attention", data, creditor.rank, self._sequence), *shapes)
+            flat = unpack(self.peers.receive("partials", data, creditor.rank, self._sequence), *shapes)
         except PeerLost as error:
             self._lost.add(error.rank)
             return []
@@ -187,11 +187,11 @@ class StageRunner(Runner):
         owners = (tokens[0], tokens[1], tokens[1])
         shapes = [((len(ids), num, spec.head_dim), dtype) for ids, num in zip(owners, heads)]
         data = torch.empty(packed_bytes(*shapes), dtype=torch.uint8, device=self.device)
-        parts = unpack(self.peers.receive("attention", data, message.home, sequence), *shapes)
+        parts = unpack(self.peers.receive("queries", data, message.home, sequence), *shapes)
         whole = [part.new_zeros(rows, *part.shape[1:]) for part in parts]
         for full, part, ids in zip(whole, parts, owners):
             full[torch.tensor(ids, dtype=torch.int64, device=self.device)] = part
         q, k, v = whole
         self._write(place, k, v, layer)
         answers = [part for _, o, lse in self._partials(place, q, layer) for part in (lse, o.to(dtype))]
-        self.peers.send("attention", pack(*answers), message.home, sequence)
+        self.peers.send("partials", pack(*answers), message.home, sequence)

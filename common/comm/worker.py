@@ -42,7 +42,8 @@ class Worker:
         self.setup_number = 0
         self._ran = (0, 0.0)  # stages, and seconds of the clock that they took
         self._cpu_from = 0.0  # CPU seconds of this process before the first of them
-        self._void: set[int] = set()  # copies whose bytes are not wanted any more
+        self._coming: set[int] = set()  # copies and loads on their way here,
+        self._void: set[int] = set()  # and those of them whose bytes are not wanted any more
         self._sources: dict[Any, ParameterSource] = {}
         self.handlers: dict[type, Callable[[Any, int], Any]] = {
             say.Setup: self._setup,
@@ -59,7 +60,7 @@ class Worker:
             say.TakeCells: self._take_cells,
             say.SendLayers: self._send_layers,
             say.Load: self._load,
-            say.CancelTake: lambda order, _: self._void.add(order.number),
+            say.CancelTake: lambda order, _: self._void.update({order.number} & self._coming),
             say.SendHidden: self._send_hidden,
             say.Forget: lambda order, _: self.runner.hidden.pop(order.lane, None),
             say.RunStage: lambda order, sequence: self._timed(self.runner.stage, order, sequence),
@@ -180,6 +181,7 @@ class Worker:
                 return lambda: rank
             return self._if_still(engine, sequence, put)
 
+        self._coming.add(sequence)
         self.copies.take(sequence, fetch)
 
     def _if_still(self, engine: InstanceBytes, number: int, put: Callable[[], Any]) -> Callable[[], Any]:
@@ -187,7 +189,6 @@ class Worker:
 
         def when_due() -> Any:
             wanted = number not in self._void and self.instances.get(self.index) is engine
-            self._void.discard(number)
             return put() if wanted else None
 
         return when_due
@@ -222,13 +223,17 @@ class Worker:
 
             return self._if_still(engine, sequence, put)
 
+        self._coming.add(sequence)
         self.copies.take(sequence, fetch)
 
-    @staticmethod
-    def _arrived(arrival: Arrival, _: int) -> Any:
-        if arrival.error is not None:
-            raise KVPlaneError(arrival.error)
-        return arrival.put()
+    def _arrived(self, arrival: Arrival, _: int) -> Any:
+        try:
+            if arrival.error is not None:
+                raise KVPlaneError(arrival.error)
+            return arrival.put()
+        finally:
+            self._coming.discard(arrival.number)
+            self._void.discard(arrival.number)
 
     def _send_hidden(self, order: say.SendHidden, sequence: int) -> None:
         hidden = self.runner.hidden.pop(order.lane)

@@ -69,6 +69,11 @@ class DistExecutor(LocalExecutor):
         if not self._alive(instance):
             self.control.lose_at(self.state.now, instance)
 
+    def died(self, instance: int) -> None:
+        """As in local; first, what attention others still do for it ends: their cells may change hands."""
+        self.world.settle()
+        super().died(instance)
+
     def copied(self, command: CopySpan) -> bool | None:
         """Move a copy's bytes, and wait until they are there."""
         if super().copied(command):
@@ -116,8 +121,10 @@ class DistExecutor(LocalExecutor):
         return {**super().report(), **wire, **stages, "lost_workers": lost}
 
     def close(self) -> None:
-        """Give everything back."""
-        self.world.close()
-        self.world.hub.arrived = None
-        if self._own_hub:
-            self.world.hub.close()
+        """Give everything back, whatever workers still have to say."""
+        try:
+            self.world.close()
+        finally:
+            self.world.hub.arrived = None
+            if self._own_hub:
+                self.world.hub.close()

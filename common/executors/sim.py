@@ -639,6 +639,13 @@ class SimExecutor:
         has."""
         loaded()
 
+    def load_goes_on(self, command: LoadLayers) -> bool:
+        """A load's source is lost: do its layers come all the same, from elsewhere?"""
+        return False
+
+    def load_stopped(self, command: LoadLayers) -> None:
+        """A load has failed: an end of it was lost."""
+
     def kv_resized(self, instance: int) -> None:
         """`ShrinkKV` has set the capacity of an instance's KV range."""
 

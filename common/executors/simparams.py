@@ -155,6 +155,11 @@ class Params:
         for command, flow in list(self._pending.values()):
             if instance not in (command.instance, getattr(command, "source", None)):
                 continue
+            if isinstance(command, LoadLayers):
+                if instance != command.instance and self.executor.load_goes_on(command):
+                    self._pending[command.command_id] = (command._replace(source=None), flow)
+                    continue
+                self.executor.load_stopped(command)
             del self._pending[command.command_id]
             if flow is not None:
                 self.links.stop(flow)

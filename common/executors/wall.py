@@ -54,6 +54,7 @@ class WallLosses(DistLosses):
 
     def halt(self, lane: SimLane) -> None:
         self.executor.ahead.recall(lane)
+        self.executor.forget_stages(lane)
         super().halt(lane)
 
 
@@ -70,6 +71,7 @@ class WallExecutor(DistExecutor):
         self._stages: dict[Key, tuple[SimLane, int]] = {}  # stages that run: lane, its sequence number
         self._others: dict[Key, Callable[[Key], None]] = {}  # copies and loads on their way: what to do when there
         self._copying: dict[int, Key] = {}  # command -> its order
+        self._loading: dict[int, Key] = {}  # the same of loads
         self._came: deque[Key] = deque()
         self.ahead = RunAhead(self, async_scheduling)
 
@@ -147,6 +149,10 @@ class WallExecutor(DistExecutor):
             self._came.extend(key for key in self._others if not alive(key[0]) and key not in self._came)
             self._stages = {key: value for key, value in self._stages.items() if alive(key[0])}
         return told
+
+    def forget_stages(self, lane: SimLane) -> None:
+        """Nobody waits for a lane's iteration any more; workers that are still there may answer it yet."""
+        self._stages = {key: value for key, value in self._stages.items() if value[0] is not lane}
 
     def _finished(self, key: Key) -> Event | None:
         """A stage, a copy or a load."""
@@ -251,7 +257,20 @@ class WallExecutor(DistExecutor):
         number = self.world.begin_load(command.instance, list(missing), command.source)
 
         def ended(key: Key) -> None:
+            self._loading.pop(command.command_id, None)
             if self.world.end_load(command.instance, len(missing), command.source, key[1]):
                 loaded()
 
-        self._others[self._first(command.instance), number] = ended
+        key = self._first(command.instance), number
+        self._others[key] = ended
+        self._loading[command.command_id] = key
+
+    def load_goes_on(self, command: LoadLayers) -> bool:
+        """A worker that has been told of it takes from its own parameter source what its peer has not sent."""
+        return command.command_id in self._loading and self._alive(command.instance)
+
+    def load_stopped(self, command: LoadLayers) -> None:
+        """As `copy_stopped`."""
+        key = self._loading.pop(command.command_id, None)
+        if key is not None and self._others.pop(key, None) is not None:
+            self.world.abandon(command.instance, key[1])

@@ -33,14 +33,15 @@ def kill(hub: Hub, instance: int) -> None:
     os.kill(hub.processes[instance + 1].pid, signal.SIGKILL)
 
 
-def survive(name: str, kills: dict[int, int]) -> None:
+def survive(name: str, kills: dict[int, int], *more: str) -> None:
+    """`kills`: number of orders -> instance whose worker dies then."""
     story = STORIES[name]
     hub = own_hub(story.instances, TIMEOUTS)
     lines = []
     with nothing_left(hub), at_most(LIMIT_S):
         victims = {str(instance) for instance in kills.values()}
         after_orders(hub, {number: partial(kill, hub, instance) for number, instance in kills.items()})
-        made = play(story, "dist", hub=hub, sink=lines.append)
+        made = play(story, "dist", *more, hub=hub, sink=lines.append)
         config = story.config("runtime=dist")
         made.executor.world.source = parameter_source(config, decoder_spec(config, made.executor.world.spec.dtype))
         columns = made.record.requests
@@ -58,7 +59,7 @@ def survive(name: str, kills: dict[int, int]) -> None:
             acknowledged, received, sent, ordered = (
                 made.report[f"{count}_bytes"][kind] for count in ("acknowledged", "received", "sent", "ordered"))
             assert max(acknowledged, received) <= sent <= ordered, (kind, acknowledged, received, sent, ordered)
-        assert replay(story, lines).num_commands == made.record.num_commands
+        assert replay(story, lines, *more).num_commands == made.record.num_commands
         hub.drain(0.5)
         assert not hub._answers, "answers that nobody will ask for"
 
