@@ -7,7 +7,7 @@ from collections.abc import Callable
 from common.policy import Executor, Policy
 from common.record import RunRecord
 
-FLUSH_BYTES = 1 << 20
+FLUSH_BYTES = 1 << 18  # larger pieces are new memory each time, which costs more than the copying
 
 
 def drive(

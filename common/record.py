@@ -38,12 +38,12 @@ class RequestColumns:
         return cls(never[:], never[:], never[:], zero[:], zero[:], zero[:], zero[:], zero[:], zero[:], never[:])
 
 
-def _unpack(packed: bytearray, columns: list[array[int]], at_least: int) -> None:
-    if len(packed) >= at_least:
-        rows = array("q", bytes(packed))
+def _unpack(packed: bytearray, columns: list[array[int]]) -> None:
+    """Move rows into columns."""
+    with memoryview(packed) as rows, rows.cast("q") as values:
         for index, column in enumerate(columns):
-            column.extend(rows[index :: len(columns)])
-        packed.clear()
+            column.frombytes(values[index :: len(columns)].tobytes())
+    packed.clear()
 
 
 SEGMENT_COLUMNS = ("start_ns", "end_ns", "lane", "instance", "iterations", "decodes", "prefill_tokens")
@@ -66,7 +66,8 @@ class SegmentColumns:
 
     def flush(self, at_least: int = 1) -> None:
         """Move `packed` rows (one append each, which is faster) into the columns once they are that many bytes."""
-        _unpack(self.packed, [getattr(self, name) for name in SEGMENT_COLUMNS], at_least)
+        if len(self.packed) >= at_least:
+            _unpack(self.packed, [getattr(self, name) for name in SEGMENT_COLUMNS])
 
 
 TIMELINE_COLUMNS = ("time_ns", *Gauge._fields)
@@ -95,7 +96,8 @@ class TimelineColumns:
 
     def flush(self, at_least: int = 1) -> None:
         """Move packed rows into the columns once they are that many bytes."""
-        _unpack(self.packed, [getattr(self, name) for name in TIMELINE_COLUMNS], at_least)
+        if len(self.packed) >= at_least:
+            _unpack(self.packed, [getattr(self, name) for name in TIMELINE_COLUMNS])
 
 
 @dataclass(slots=True)

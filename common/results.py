@@ -218,17 +218,26 @@ def _reasons(reasons: Mapping[int, str], num_requests: int) -> Any:
 
     if not reasons:
         return pa.nulls(num_requests, pa.string())
-    return _strings([reasons.get(row) for row in range(num_requests)])
+    rows = sorted(reasons)
+    valid, lengths = np.zeros(num_requests, bool), np.zeros(num_requests, np.int32)
+    texts = [reasons[row].encode() for row in rows]
+    valid[rows], lengths[rows] = True, [len(text) for text in texts]
+    return _text_array(valid, lengths, b"".join(texts))
 
 
 def _strings(values: Sequence[str | None]) -> Any:
+    texts = [(value or "").encode() for value in values]
+    lengths = np.array([len(text) for text in texts], np.int32)
+    return _text_array(np.array([value is not None for value in values], bool), lengths, b"".join(texts))
+
+
+def _text_array(valid: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int32], texts: bytes) -> Any:
+    """Texts one behind the other as a pyarrow array, null where not `valid` (and then of length 0)."""
     import pyarrow as pa
 
-    texts = [(value or "").encode() for value in values]
-    offsets = np.cumsum([0, *(len(text) for text in texts)]).astype(np.int32)
-    valid = np.packbits(np.array([value is not None for value in values], bool), bitorder="little")
-    buffers = [pa.py_buffer(valid), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts))]
-    return pa.StringArray.from_buffers(len(texts), buffers[1], buffers[2], buffers[0])
+    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    bits = np.packbits(valid, bitorder="little")
+    return pa.StringArray.from_buffers(len(valid), *map(pa.py_buffer, (offsets, texts, bits)))
 
 
 def timeline_columns(record: RunRecord) -> dict[str, Any]:

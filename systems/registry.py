@@ -9,13 +9,12 @@ from common.errors import ConfigError
 from common.policy import Policy
 from common.sched.lane import EngineConfig
 from common.types import ClusterInfo
+from systems.baselines.vllm import VllmPolicy  # the default; the others are imported when they are asked for
 
 Factory = Callable[[ClusterInfo, EngineConfig, Mapping[str, Any]], Policy]
 
 
 def _vllm(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
-    from systems.baselines.vllm import VllmPolicy
-
     return VllmPolicy(cluster, engine, _dispatch(options))
 
 
@@ -40,8 +39,6 @@ def _static_pp(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str,
 
 def _infinite_kv(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     """An oracle: vllm whose executor has been given KV without limit (`system.kv=unlimited`)."""
-    from systems.baselines.vllm import VllmPolicy
-
     _choose(options, "kv", "unlimited", ("unlimited",))
     longest = -(-engine.max_model_len // engine.block_size)
     for info in cluster.instances:

@@ -30,6 +30,8 @@ class AttentionCost:
         self._x: list[float] = chunk.x.tolist()
         self._y: list[float] = chunk.y.tolist()
         self._t: list[list[float]] = chunk.time_ns.tolist()
+        j, v = _knot(self._y, 0.0)  # most prompts have nothing cached: one curve
+        self._alone: list[float] = [row[j] + v * (row[j + 1] - row[j]) for row in self._t]
         self._floor = float(chunk.time_ns.min())
         several = operators.several(heads, kv_heads, head_dim)
         self._several = None if several is None else (several.x.tolist(), several.y.tolist(), several.time_ns.tolist())
@@ -88,7 +90,11 @@ class AttentionCost:
         return value
 
     def _at(self, new: float, cached: float) -> float:
-        return _bilinear(self._x, self._y, self._t, new, cached)
+        if cached:
+            return _bilinear(self._x, self._y, self._t, new, cached)
+        i, u = _knot(self._x, new)
+        low, high = self._alone[i : i + 2]
+        return low + u * (high - low)
 
     def _prompts(self, new: int, cached: float) -> float:
         """Several prompts without a cache: measured by (count, length), else pairs above the floor."""
@@ -100,12 +106,17 @@ class AttentionCost:
         return self._floor + max(0.0, whole - self._floor) * share
 
 
+def _knot(axis: list[float], value: float) -> tuple[int, float]:
+    """The knot that a segment starts at, and how far along it: beyond 1 behind the last knot, 0 before the first."""
+    i = bisect_right(axis, value, 1, len(axis) - 1) - 1
+    share = (value - axis[i]) / (axis[i + 1] - axis[i])
+    return i, share if share > 0.0 else 0.0
+
+
 def _bilinear(xs: list[float], ys: list[float], t: list[list[float]], x: float, y: float) -> float:
     """Linear in both axes; continued beyond the last knots, held below the first."""
-    i = min(max(bisect_right(xs, x) - 1, 0), len(xs) - 2)
-    j = min(max(bisect_right(ys, y) - 1, 0), len(ys) - 2)
-    u = max(0.0, (x - xs[i]) / (xs[i + 1] - xs[i]))
-    v = max(0.0, (y - ys[j]) / (ys[j + 1] - ys[j]))
+    i, u = _knot(xs, x)
+    j, v = _knot(ys, y)
     low, high = t[i], t[i + 1]
     a = low[j] + v * (low[j + 1] - low[j])
     b = high[j] + v * (high[j + 1] - high[j])

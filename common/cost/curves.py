@@ -10,7 +10,7 @@ import numpy.typing as npt
 from common.cost.operators import Mixing
 
 SHIFT = 16  # fixed point of context slopes
-TABLED = 4096  # chunks, batches and contexts below this are looked up
+TABLED, TABLED_BATCH = 4096, 512  # chunks and contexts, and batches, below these are looked up
 
 
 class DecodeRow:
@@ -52,20 +52,21 @@ class DecodeRow:
 class MixTable:
     """The mixing ratio as nested lists: 4-D linear interpolation, clamped at the edges."""
 
-    __slots__ = ("_places", "axes", "ratio")
+    __slots__ = ("_batches", "_chunks", "_contexts", "_uncached", "axes", "ratio")
 
     def __init__(self, mixing: Mixing) -> None:
         self.axes: list[list[float]] = [axis.tolist() for axis in mixing.axes]
-        self._places = [_places(axis) for axis in mixing.axes]
+        chunks, _, batches, contexts = mixing.axes
+        self._chunks, self._contexts = _places(chunks, TABLED), _places(contexts, TABLED)
+        self._batches, self._uncached = _places(batches, TABLED_BATCH), _place(self.axes[1], 0.0)
         self.ratio: list[list[list[list[float]]]] = mixing.ratio.tolist()
 
     def at(self, new: int, cached: float, decodes: int, context: int) -> float:
         """Ratio of the mixed batch's attention to the sum of its parts."""
-        xs, ys, zs, ws = self._places
-        i, a = xs[new] if new < TABLED else _place(self.axes[0], new)
-        j, b = ys[0] if cached == 0 else _place(self.axes[1], cached)
-        k, c = zs[decodes] if decodes < TABLED else _place(self.axes[2], decodes)
-        m, d = ws[context] if context < TABLED else _place(self.axes[3], context)
+        i, a = self._chunks[new] if new < TABLED else _place(self.axes[0], new)
+        j, b = self._uncached if cached == 0 else _place(self.axes[1], cached)
+        k, c = self._batches[decodes] if decodes < TABLED_BATCH else _place(self.axes[2], decodes)
+        m, d = self._contexts[context] if context < TABLED else _place(self.axes[3], context)
         n = m + 1
         low, high = self.ratio[i], self.ratio[i + 1]
         p, q = low[j][k], low[j][k + 1]
@@ -90,9 +91,9 @@ def _place(axis: list[float], value: float) -> tuple[int, float]:
     return i, (value - axis[i]) / (axis[i + 1] - axis[i])
 
 
-def _places(axis: npt.NDArray[np.float64]) -> list[tuple[int, float]]:
-    """`_place` of 0, 1, .. TABLED - 1."""
-    value = np.arange(TABLED, dtype=np.float64)
+def _places(axis: npt.NDArray[np.float64], count: int) -> list[tuple[int, float]]:
+    """`_place` of 0, 1, .. count - 1."""
+    value = np.arange(count, dtype=np.float64)
     i = np.clip(np.searchsorted(axis, value, side="right") - 1, 0, len(axis) - 2)
     share = np.clip((value - axis[i]) / (axis[i + 1] - axis[i]), 0.0, 1.0)
     return list(zip(i.tolist(), share.tolist()))

@@ -7,10 +7,14 @@ bytes apart, which compresses best. Sources and licences: `grids/README.md`.
 
 from __future__ import annotations
 
+# `np.load`, zipfile and `np.unique` import three of these at their first call: not while a run is timed.
+import encodings.cp437  # noqa: F401
 import json
-import zipfile  # noqa: F401  (`np.load` and `np.unique` import these two at their first call: not while a run is timed)
+import zipfile  # noqa: F401
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +47,15 @@ class Grid:
     """One card's measurements. `meta` has its name, peaks and source; `arrays` the knots and times."""
 
     meta: dict[str, Any]
-    arrays: dict[str, npt.NDArray[Any]]
+    arrays: Mapping[str, npt.NDArray[Any]]
 
     def knots(self, name: str) -> Array:
         """Coordinates of a table's axis."""
         return self.arrays[name].astype(np.float64)
 
-    def times(self, name: str) -> Array:
-        """Times of a table, ns."""
-        return unpack(self.arrays[name])
+    def times(self, name: str, rows: Any = ...) -> Array:
+        """Times of a table, or of some rows of it, ns."""
+        return unpack(self.arrays[name][rows])
 
     def has(self, name: str) -> bool:
         """Whether the card was measured so."""
@@ -78,6 +82,32 @@ def _decode(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.cumsum(delta, axis=-1, dtype=np.uint16)
 
 
+class _Stored(Mapping[str, npt.NDArray[Any]]):
+    """The arrays of a grid's file, each decoded when first asked for: a run needs a third of them, and of a sibling's
+    grid one table."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = np.load(BytesIO(path.read_bytes()))  # whole: whoever rewrites the file changes nothing here
+        self._names = [name for name in self._file.files if name != "meta"]
+        self._decoded: dict[str, npt.NDArray[Any]] = {}
+        self.meta: dict[str, Any] = json.loads(str(self._file["meta"]))
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        found = self._decoded.get(name)
+        if found is None:
+            found = self._decoded[name] = _decode(self._file[name])
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @cache
 def load_grid(name: str) -> Grid:
     """A committed grid by name, or a measured profile's by path."""
@@ -85,6 +115,5 @@ def load_grid(name: str) -> Grid:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.npz")))
         raise ConfigError(f"hardware grid {name!r} does not exist; known: {known}")
-    with np.load(path) as file:
-        arrays = {key: _decode(file[key]) for key in file.files if key != "meta"}
-        return Grid(json.loads(str(file["meta"])), arrays)
+    stored = _Stored(path)
+    return Grid(stored.meta, stored)

@@ -139,7 +139,7 @@ class InstanceCost:
 
     def _dense_ns(self, tokens: int) -> int:
         if tokens >= len(self._dense):
-            self._dense = self._dense_table(max(512, 1 << tokens.bit_length()))
+            self._dense = self._dense_table(max(2048, 1 << tokens.bit_length()))
         return self._dense[tokens]
 
     def _head_ns(self, rows: int) -> int:

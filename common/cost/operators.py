@@ -58,9 +58,9 @@ class Operators:
         m, shapes = grid.knots("gemm_m"), grid.knots("gemm_nk")
         source = self._source_roof(grid)
         rows, weights = shape_weights(shapes, n, k)
-        times = grid.times("gemm")
+        times = grid.times("gemm", rows)
         floor = LAUNCH_NS
-        logs = np.log(times[rows] / (source.linear(m[None, :], shapes[rows, :1], shapes[rows, 1:]) + floor))
+        logs = np.log(times / (source.linear(m[None, :], shapes[rows, :1], shapes[rows, 1:]) + floor))
         measured = np.exp(weights @ logs) * (source.linear(m, n, k) + floor)
         knots = self._rescale(measured, source.linear(m, n, k), self.roof.linear(m, n, k), floor)
         inside = np.interp(tokens, m, knots)
@@ -85,7 +85,7 @@ class Operators:
             names, widths = grid.arrays["elem_name"], grid.knots("elem_width")
             rows = np.flatnonzero(names == name)
         row = rows[np.argmin(np.abs(np.log(widths[rows] / width)))]
-        axis, times = grid.knots("elem_axis"), grid.times("elem")[row]
+        axis, times = grid.knots("elem_axis"), grid.times("elem", row)
         scaled = tokens * (width / widths[row])
         inside = np.interp(scaled, axis, times)
         curve = np.where(scaled > axis[-1], times[-1] * scaled / axis[-1], inside)
@@ -96,7 +96,7 @@ class Operators:
         grid = self._grid("samp")
         widths = grid.knots("samp_width")
         row = int(np.argmin(np.abs(np.log(widths / vocab))))
-        axis, times = grid.knots("samp_axis"), grid.times("samp")[row]
+        axis, times = grid.knots("samp_axis"), grid.times("samp", row)
         scaled = rows * (vocab / widths[row])
         curve = np.where(scaled > axis[-1], times[-1] * scaled / axis[-1], np.interp(scaled, axis, times))
         return self._bandwidth_scaled(curve, grid, float(times.min()))
@@ -172,7 +172,7 @@ class Operators:
         row, (h, _) = nearest_heads(grid.arrays["mix_heads"], heads, kv_heads)
         size = head_sizes(grid, "mix")[row]
         x, y = grid.knots("mix_chunk"), grid.knots("mix_cached")
-        times = grid.times("mix_pre")[row]
+        times = grid.times("mix_pre", row)
         pairs = pairs_of(x[:, None], y[None, :])
         scaled = self._rescale(
             times,
@@ -259,7 +259,7 @@ class Operators:
         busy = grid.meta["num_sm"]
         share = np.maximum(axes[2] * heads, busy) / np.maximum(axes[2] * h, busy)
         scale = share[:, None] * (grid.meta["mem_bandwidth"] / self.hardware.mem_bandwidth)
-        added = grid.times("mix")[row] - grid.times("mix_pre")[row][:, :, None, None]
+        added = grid.times("mix", row) - grid.times("mix_pre", row)[:, :, None, None]
         chunk = self.prefill(heads, kv_heads, head_dim).at(axes[0], axes[1])[:, :, None, None]
         decode = self.decode(heads, kv_heads, head_dim).at(axes[2], axes[3])[None, None]
         return Mixing(axes, (chunk + np.where(added > 0, added * scale, added)) / (chunk + decode))

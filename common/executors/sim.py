@@ -275,6 +275,8 @@ class SimExecutor:
         for foot in lane.feet:
             foot.lanes.pop(lane.id, None)
         lane.stages = stages
+        lane.home, (first, last) = stages[0]
+        lane.home_layers = last - first
         lane.costs = [self.stage_cost(stage) for stage in stages]
         lane.feet = [self.instances[stage.instance] for stage in stages]
         for foot in lane.feet:
@@ -323,13 +325,16 @@ class SimExecutor:
         member = lane.members.get(request_id)
         if member is None or member.finish != finish:
             finish = lane.next_finish()
-        count = min(lane.limit - lane.ran, finish - lane.iteration)
+        count, left = finish - lane.iteration, lane.limit - lane.ran
+        if left < count:
+            count = left
         num = lane.phase.num
         cost = lane.costs[0]
         context = lane.effective_context(cost.skew_alphas)
         prefix = lane.prefix.get(num)
         if prefix is None or len(prefix) <= context + count:
             prefix = lane.prefix[num] = cost.decode_prefix(num, context + count)
+        lane.leap_prefix, lane.leap_context = prefix, context
         lane.item_iterations = count
         lane.slowed = ()
         lane.durations[0] = prefix[context + count] - prefix[context]
@@ -388,25 +393,23 @@ class SimExecutor:
         state = self.state
         return state.event_class > DONE or (state.event_class == DONE and state.event_tie > lane.id)
 
-    def _next_boundary(self, lane: SimLane) -> tuple[list[int], int, int]:
-        """Of a running leap: its prefix sums, the index of its start, and that of its first boundary to come."""
-        prefix = lane.prefix[lane.phase.num]
-        context = lane.effective_context(lane.costs[0].skew_alphas)
+    def _until_boundary(self, lane: SimLane) -> int:
+        """Iterations of a running leap from its start to its first boundary that is still to come."""
+        prefix, context = lane.leap_prefix, lane.leap_context
         goal = self.state.now - lane.item_start + prefix[context]
         find = bisect_right if self._strict(lane) else bisect_left
-        at: int = find(prefix, goal, context + 1, context + lane.item_iterations)
-        return prefix, context, at
+        return find(prefix, goal, context + 1, context + lane.item_iterations) - context
 
     def _cut(self, lane: SimLane) -> None:
         """End a running leap at its first boundary that is still to come."""
-        count = lane.item_iterations
-        if count == 1:
+        if lane.item_iterations == 1:
             return
-        prefix, context, at = self._next_boundary(lane)
-        if at - context >= count:
+        count = self._until_boundary(lane)
+        if count >= lane.item_iterations:
             return
-        lane.item_iterations = at - context
-        lane.durations[0] = duration = prefix[at] - prefix[context]
+        prefix, context = lane.leap_prefix, lane.leap_context
+        lane.item_iterations = count
+        lane.durations[0] = duration = prefix[context + count] - prefix[context]
         state = self.state
         state.sequence = lane.due = state.sequence + 1
         heappush(state.heap, (lane.item_start + duration, DONE, lane.id, lane.due, self._item_end, lane))
@@ -420,7 +423,7 @@ class SimExecutor:
         instance.idle_from = now
         if instance.piped:
             self.pipes.served(instance, lane.item_start, now)
-        if lane.stage + 1 < len(lane.stages):
+        if not lane.simple and lane.stage + 1 < len(lane.stages):
             self.next_in_line(instance, now)
             self._hop(lane, now)
             return None
@@ -476,7 +479,7 @@ class SimExecutor:
         start = lane.item_start if lane.simple else now - sum(lane.durations)
         decodes = lane.phase.num if lane.runs_decodes else 0
         tokens = sum(lane.chunks) if lane.chunks else 0
-        self._segments += pack_segment(start, now, lane.id, lane.stages[0].instance, count, decodes, tokens)
+        self._segments += pack_segment(start, now, lane.id, lane.home, count, decodes, tokens)
         if lane.slowed or lane.spread:
             self.serving.iterated(self, lane, start, now, decodes)
 
@@ -484,9 +487,8 @@ class SimExecutor:
         """Charge new blocks at every stage but for cells that grew `elsewhere`, taking over cached ones where the
         step allows it."""
         if lane.simple and not elsewhere:
-            stage = lane.stages[0]
-            memory = self.state.memory[stage.instance]
-            used = memory.used + blocks * (stage.layers[1] - stage.layers[0])
+            memory = self.state.memory[lane.home]
+            used = memory.used + blocks * lane.home_layers
             if used <= memory.capacity:
                 memory.used = used
                 return
@@ -560,7 +562,7 @@ class SimExecutor:
             foot.active -= 1
         if not lane.simple:
             self.pipes.ended(lane, self.state.now)
-        if self.moves.waits_for_steps or lane.followers:
+        if self.moves.after or lane.followers:
             self.moves.step_ended(lane, command_id)
         if lane.id in self.control.creditors:
             self.control.unload(lane)
@@ -668,8 +670,7 @@ class SimExecutor:
         """Iterations of a lane completed by now, inside a running leap too."""
         if lane.command_id is None or lane.item_iterations == 1 or lane.chunks or lane.feet[0].serving is not lane:
             return lane.iteration
-        _, context, at = self._next_boundary(lane)
-        completed: int = lane.iteration + at - 1 - context
+        completed: int = lane.iteration + self._until_boundary(lane) - 1
         return completed
 
     def lanes_of(self, *instances: int) -> tuple[tuple[int, int], ...]:

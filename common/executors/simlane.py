@@ -45,14 +45,17 @@ class SimLane:
 
     __slots__ = (
         "budget", "chunks", "command_id", "contexts", "costs", "due", "durations", "feet", "finishes", "followers",
-        "id", "item_iterations", "item_start", "iteration", "limit", "members", "paced", "phase", "prefilled",
-        "prefix", "ran", "reclaim", "resumed", "rule", "runs_decodes", "settled", "shares", "simple", "slowed",
-        "spread", "stage", "stages", "step_from", "stop", "sum_offset", "targets",
+        "home", "home_layers", "id", "item_iterations", "item_start", "iteration", "leap_context", "leap_prefix",
+        "limit", "members", "paced", "phase", "prefilled", "prefix", "ran", "reclaim", "resumed", "rule",
+        "runs_decodes", "settled", "shares", "simple", "slowed", "spread", "stage", "stages", "step_from", "stop",
+        "sum_offset", "targets",
     )  # fmt: skip
 
     def __init__(self, lane_id: int, block_size: int) -> None:
         self.id = lane_id
         self.stages: tuple[Stage, ...] = ()
+        self.home = -1  # instance of the first stage
+        self.home_layers = 0
         self.costs: list[StageCost] = []
         self.rule = Rule.CHUNKED
         self.budget = 2048
@@ -66,7 +69,9 @@ class SimLane:
         self.contexts: list[tuple[int, int]] = []  # (-offset, request) for the longest context, only with skew
         self.sum_offset = 0
         self.phase = PhaseCounter(block_size)
-        self.prefix: dict[int, list[int]] = {}
+        self.prefix: dict[int, list[int]] = {}  # by batch size: sums of an iteration's time over contexts
+        self.leap_prefix: list[int] = []  # of the leap in progress: its sums ...
+        self.leap_context = 0  # ... and where in them it starts
         self.spread: dict[int, Placement] = {}  # requests with KV away from the stages
         self.command_id: int | None = None
         self.step_from = 0

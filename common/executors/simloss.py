@@ -63,7 +63,7 @@ class Losses:
             lane.settled = 0
             if lane.resumed:
                 self.executor.stalls.iterated(lane, self.executor.state.now)
-            prefix, context = lane.prefix[lane.phase.num], lane.effective_context(lane.costs[0].skew_alphas)
+            prefix, context = lane.leap_prefix, lane.leap_context
             self.executor.note_segment(lane, lane.item_start + prefix[context + done] - prefix[context], done)
             lane.iteration += done
             lane.ran += done

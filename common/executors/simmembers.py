@@ -29,7 +29,8 @@ class Members:
         self.prompt = prompt
         self.output = output  # the true lengths: no policy sees them
         self.model = model  # None: there is one
-        self.generated: array[int] = state.record.requests.output_tokens
+        self.requests = state.record.requests
+        self.generated: array[int] = self.requests.output_tokens
         self.behind: dict[tuple[int, int], tuple[SimLane, Entry]] = {}  # by request and lane in front
 
     def model_of(self, request_id: int) -> int:
@@ -59,27 +60,27 @@ class Members:
 
     def join(self, lane: SimLane, entry: Entry) -> None:
         """Take a request into the lane: absorb its KV held at the stages, charge what it will need there."""
-        request_id = entry.request_id
-        self.check_model(request_id, lane.stages[0].instance)
+        request_id, computed, target, _, _, _, _, decode, placement, behind, _ = entry
+        self.check_model(request_id, lane.home)
         known = self.prompt[request_id] + self.generated[request_id]
-        if not 0 <= entry.computed < entry.target <= known or (entry.decode and entry.computed != known - 1):
+        if not 0 <= computed < target <= known or (decode and computed != known - 1):
             raise ContractError(f"request {request_id}: entry {entry} of {known} known tokens")
-        if self.state.record.requests.status[request_id] != LIVE:
+        if self.requests.status[request_id] != LIVE:
             raise ContractError(f"request {request_id} joins lane {lane.id} but is not live")
         self._count_migration(lane, entry)
-        if entry.behind is not None:
+        if behind is not None:
             self.executor.control.check_behind(lane, entry)
-            self.behind[request_id, entry.behind] = (lane, entry)
-            entry = entry._replace(shared=entry.computed)  # so far it owns what it will compute itself
-        if entry.placement is not None and entry.placement != self.executor.control.default(lane, entry):
+            self.behind[request_id, behind] = (lane, entry)
+            entry = entry._replace(shared=computed)  # so far it owns what it will compute itself
+        if placement is not None and placement != self.executor.control.default(lane, entry):
             self.executor.control.adopt(lane, entry)
         else:
-            self._take_over(lane, entry, entry.computed if entry.decode else entry.target)
-        if entry.decode:
+            self._take_over(lane, entry, computed if decode else target)
+        if decode:
             left = self.output[request_id] - self.generated[request_id]
             if left <= 0:
                 raise ContractError(f"request {request_id} decodes beyond its end")
-            member = Member(entry, entry.computed - lane.iteration, lane.iteration + left)
+            member = Member(entry, computed - lane.iteration, lane.iteration + left)
             lane.join(member, bool(lane.costs[0].skew_alphas))
             if self.executor.stalls.open:
                 self.executor.stalls.rejoined(lane, request_id)
@@ -120,14 +121,13 @@ class Members:
         self._take_over(lane, entry, entry.computed)
 
     def _count_migration(self, lane: SimLane, entry: Entry) -> None:
-        home = lane.stages[0].instance
-        requests = self.state.record.requests
-        before = requests.instance[entry.request_id]
+        requests, request_id = self.requests, entry.request_id
+        before = requests.instance[request_id]
         if before < 0:
-            requests.cached_tokens[entry.request_id] = entry.shared
-        elif before != home and entry.computed > 0 and self.generated[entry.request_id] > 0:
-            requests.num_migrations[entry.request_id] += 1
-        requests.instance[entry.request_id] = home
+            requests.cached_tokens[request_id] = entry.shared
+        elif before != lane.home and entry.computed > 0 and self.generated[request_id] > 0:
+            requests.num_migrations[request_id] += 1
+        requests.instance[request_id] = lane.home
 
     def stored(self, lane: SimLane, request_id: int) -> int:
         """Tokens whose KV a request in a lane has at the lane's last boundary."""
@@ -157,7 +157,7 @@ class Members:
         if lane.followers:
             self.executor.moves.unfollow(lane, request_id)
         if not keep:
-            self.state.record.requests.num_preemptions[request_id] += 1
+            self.requests.num_preemptions[request_id] += 1
         self.release(lane, entry, charged, stored if keep else 0)
 
     def settle_generated(self, lane: SimLane, member: Member) -> None:
@@ -166,21 +166,22 @@ class Members:
 
     def release(self, lane: SimLane, entry: Entry, charged: int, keep_tokens: int) -> None:
         """Give back `charged` tokens' blocks at the stages; keep the first `keep_tokens` as held KV."""
-        state = self.state
-        if not keep_tokens and (self.executor.moves.copies or self.executor.moves.swaps):
-            self.executor.moves.cancel(entry.request_id)
-        if entry.request_id in lane.spread:
+        state, moves = self.state, self.executor.moves
+        request_id, shared = entry.request_id, entry.shared
+        if not keep_tokens and (moves.copies or moves.swaps):
+            moves.cancel(request_id)
+        if request_id in lane.spread:
             self.executor.control.release(lane, entry, charged, keep_tokens)
             return
         size = state.block_size
-        blocks = -(-charged // size) - entry.shared // size
+        blocks = -(-charged // size) - shared // size
         for stage in lane.stages:
             state.memory[stage.instance].give(blocks * (stage.layers[1] - stage.layers[0]))
-            if keep_tokens > entry.shared:
-                held = Held(stage.instance, Tier.HBM, stage.layers, entry.shared, keep_tokens)
-                state.hold(entry.request_id, held)
-        if not keep_tokens and entry.request_id in state.held:
-            state.free_all(entry.request_id)
+            if keep_tokens > shared:
+                held = Held(stage.instance, Tier.HBM, stage.layers, shared, keep_tokens)
+                state.hold(request_id, held)
+        if not keep_tokens and request_id in state.held:
+            state.free_all(request_id)
 
     def lane_of(self, request_id: int) -> SimLane | None:
         for lane in self.executor.lanes.values():

@@ -61,7 +61,7 @@ class Moves:
         self.params = Params(state, executor, self.links)
         self.copies: dict[int, Copy] = {}
         self.swaps: dict[int, Swap] = {}
-        self._after: dict[int, list[Copy]] = {}  # step -> copies that start at its end
+        self.after: dict[int, list[Copy]] = {}  # step -> copies that start at its end
 
     def commands(self) -> dict[type, Any]:
         """Command type -> handler."""
@@ -105,7 +105,7 @@ class Moves:
         elif follows is not None:
             self._follow(copy, lane, *follows)
         else:
-            self._after.setdefault(command.after, []).append(copy)
+            self.after.setdefault(command.after, []).append(copy)
 
     def _running(self, command_id: int) -> SimLane | None:
         for lane in self.executor.lanes.values():
@@ -223,19 +223,14 @@ class Moves:
         for flow in copy.flows:
             self.links.stop(flow)
         self._detach(copy)
-        if command.after in self._after:
-            waiting = [other for other in self._after.pop(command.after) if other is not copy]
+        if command.after in self.after:
+            waiting = [other for other in self.after.pop(command.after) if other is not copy]
             if waiting:
-                self._after[command.after] = waiting
+                self.after[command.after] = waiting
         self.state.drop_held(command.request_id, copy.dst_held)
         self.state.ready.append(CopyDone(command.command_id, status, 0))
 
     # ------------------------------------------------------------ copies beside steps
-
-    @property
-    def waits_for_steps(self) -> bool:
-        """Does any copy wait for the end of a step?"""
-        return bool(self._after)
 
     def _followed(self, command: CopySpan, lane: SimLane) -> tuple[Target, int]:
         """The prefill in a lane that a by-layer copy follows, and at which stage."""
@@ -310,7 +305,7 @@ class Moves:
 
     def step_ended(self, lane: SimLane, command_id: int | None) -> None:
         """Start what waited for the step. By-layer copies go on behind the prefill in the lane's next step."""
-        for copy in self._after.pop(command_id, ()) if command_id is not None else ():
+        for copy in self.after.pop(command_id, ()) if command_id is not None else ():
             if self._at_source(copy.command):
                 self._launch(copy)
             else:  # the step was cut short of what was to be copied

@@ -32,8 +32,7 @@ class Stalls:
     def iterated(self, lane: SimLane, now: int) -> None:
         """The lane's item has made tokens; before the lane's clock moves on. The first iteration of a leap counts."""
         if lane.item_iterations > 1:
-            prefix = lane.prefix[lane.phase.num]
-            context = lane.effective_context(lane.costs[0].skew_alphas)
+            prefix, context = lane.leap_prefix, lane.leap_context
             now = lane.item_start + prefix[context + 1] - prefix[context]
         for request_id in lane.resumed:
             self.token(request_id, now)

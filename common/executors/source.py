@@ -54,51 +54,52 @@ class Client:
     def __init__(self, workload: WorkloadLike, frontend_ns: int = 0) -> None:
         self.frontend_ns = frontend_ns  # from the client's send to the scheduler; `next_ns` is at the scheduler
         self._arrivals = [value + frontend_ns for value in integers(workload.arrival_ns)]
-        num = len(self._arrivals)
-        self.num_requests = num
+        self.num_requests = num = len(self._arrivals)
+        self._arrivals.append(NEVER)  # of what comes behind the last of `_open`
         release_after = workload.release_after
         self._think = workload.think_ns
         self._followers: dict[int, list[int]] = {}
         self._closed = workload.concurrency
         self._cursor = 0
         self._released: list[tuple[int, int]] = []
-        self._open: list[int] = []
+        self._open: Sequence[int]
         if self._closed is not None:
             first = min(self._closed, num)
             self._released = [(frontend_ns, index) for index in range(first)]
             self._next_closed = first
+            self._open = (num,)
         elif release_after is not None:
+            first_turns = []
             for index in range(num):
                 before = int(release_after[index])
                 if before >= 0:
                     self._followers.setdefault(before, []).append(index)
                 else:
-                    self._open.append(index)
-            self._open.sort(key=lambda index: (self._arrivals[index], index))
+                    first_turns.append(index)
+            self._open = [*sorted(first_turns, key=lambda index: (self._arrivals[index], index)), num]
         else:
-            self._open = list(range(num))
+            self._open = range(num + 1)
         self.next_ns = self._peek()
 
     def _peek(self) -> int:
-        open_ns = self._arrivals[self._open[self._cursor]] if self._cursor < len(self._open) else NEVER
+        open_ns = self._arrivals[self._open[self._cursor]]
         if self._released and self._released[0][0] < open_ns:
             return self._released[0][0]
         return open_ns
 
     def pop(self) -> int:
-        """The id of the request that arrives at `next_ns`."""
-        if self._cursor < len(self._open):
-            index = self._open[self._cursor]
-            if not self._released or (self._arrivals[index], index) <= self._released[0]:
-                self._cursor += 1
-                self.next_ns = self._peek() if self._released else self._next_open()
-                return index
-        index = heapq.heappop(self._released)[1]
+        """The id of the request that arrives at `next_ns` (not `NEVER`)."""
+        index = self._open[self._cursor]
+        if not self._released:
+            self._cursor += 1
+            self.next_ns = self._arrivals[self._open[self._cursor]]
+            return index
+        if (self._arrivals[index], index) <= self._released[0]:
+            self._cursor += 1
+        else:
+            index = heapq.heappop(self._released)[1]
         self.next_ns = self._peek()
         return index
-
-    def _next_open(self) -> int:
-        return self._arrivals[self._open[self._cursor]] if self._cursor < len(self._open) else NEVER
 
     def ended(self, now_ns: int, request_id: int) -> None:
         """A request finished or was refused: release what waited for it."""

@@ -14,7 +14,7 @@ SCANNED = 16  # up to so many instances are looked at one by one: faster than a 
 
 class Dispatcher:
     """Picks among `lanes` (by instance; the owner adds and removes). Call `added` for a new lane, `note` after a lane's
-    count changed."""
+    count may have changed."""
 
     def __init__(self, lanes: Mapping[int, LaneScheduler], dispatch: Dispatch) -> None:
         self.lanes = lanes
@@ -47,7 +47,7 @@ class Dispatcher:
         self.note(instance, self.lanes[instance])
 
     def note(self, instance: int, lane: LaneScheduler) -> None:
-        """The lane's count has changed."""
+        """The lane's count may have changed."""
         if len(self.lanes) <= SCANNED or self.dispatch != "least_outstanding":
             return
         if len(self._least) > 64 + 8 * len(self.lanes):

@@ -86,6 +86,7 @@ class LaneScheduler:
         self.lane = lane
         self.stages = stages
         self.config = config
+        self.block_size = config.block_size
         self.num_blocks = num_blocks
         self.free = num_blocks
         self.watermark = int(config.watermark * num_blocks)
@@ -118,7 +119,7 @@ class LaneScheduler:
         return self.num_blocks - self.available()
 
     def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.config.block_size)
+        return -(-tokens // self.block_size)
 
     def refusal(self, seq: Seq) -> str | None:
         """Why this request can never run here, or None."""
@@ -150,7 +151,7 @@ class LaneScheduler:
             return False
         if self.index is not None:
             return True
-        return -(-seq.known // self.config.block_size) + self.watermark <= self.free
+        return -(-seq.known // self.block_size) + self.watermark <= self.free
 
     def step_done(self, event: StepDone, out: list[Command]) -> list[Seq]:
         """Settle a step that ended OK and return the finished requests; call `schedule` next."""
@@ -161,7 +162,10 @@ class LaneScheduler:
         self._charge_growth(grown)  # first: what a new prompt's lease pins can be evicted no more
         running = self.running
         if prefilled:
-            self._charge_growth(sum([self._prefilled(running[request_id], at) for request_id, at in prefilled]))
+            grown = 0
+            for request_id, at in prefilled:
+                grown += self._prefilled(running[request_id], at)
+            self._charge_growth(grown)
         for request_id, computed in partial:
             running[request_id].computed = computed
         return [self._finish(request_id, out) for request_id in finished] if finished else []
@@ -346,17 +350,13 @@ class LaneScheduler:
             return 1
         available = self.available()
         # Where memory is plentiful a bound from below does: the step may end early, and is then only resubmitted.
-        limit = available // (phase.num + len(targets)) * config.block_size
-        if limit >= PLENTY:
-            pass
-        elif targets:
+        limit = available // (phase.num + len(targets)) * self.block_size
+        if limit < PLENTY:
             for seq in targets:  # as if they decoded already: never too late
                 phase.add(seq.target - self.iteration)
             limit = phase.iterations_within(self.iteration, available)
             for seq in targets:
                 phase.remove(seq.target - self.iteration)
-        else:
-            limit = phase.iterations_within(self.iteration, available)
         if blocked_by_budget:
             head = self.waiting[0].known
             until = iterations_until_room(config.rule, config.max_num_batched_tokens, phase.num, targets, head)
@@ -366,4 +366,4 @@ class LaneScheduler:
             limit = min(limit, until)
         if config.max_leap is not None:
             limit = min(limit, config.max_leap)
-        return max(limit, 1)
+        return limit if limit > 1 else 1

@@ -7,6 +7,9 @@ histogram of offsets modulo the block size therefore says, for any number of ite
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
+
 
 class PhaseCounter:
     """Offsets of decoding requests, counted by block phase."""
@@ -25,9 +28,10 @@ class PhaseCounter:
 
     def remove(self, offset: int) -> None:
         """Forget one request added with this offset."""
-        self.bins[offset % self.block_size] -= 1
+        phase = offset % self.block_size
+        left = self.bins[phase] = self.bins[phase] - 1
         self.num -= 1
-        assert self.num >= 0 and self.bins[offset % self.block_size] >= 0, "phase removed twice"
+        assert left >= 0, "phase removed twice"
 
     def next_growth(self, iteration: int) -> int:
         """`growth(iteration, 1)`."""
@@ -36,8 +40,10 @@ class PhaseCounter:
     def growth(self, iteration: int, count: int) -> int:
         """Blocks newly needed by iterations `iteration` .. `iteration + count - 1`."""
         size = self.block_size
+        if count == 1:
+            return self.bins[-iteration % size]
         rest = count % size
-        total = (count - rest) // size * self.num
+        total = count // size * self.num
         if rest:
             first = -iteration % size
             bins = self.bins
@@ -53,9 +59,6 @@ class PhaseCounter:
             return 1 << 40
         full, left = divmod(free, self.num)
         size, bins = self.block_size, self.bins
-        count = full * size
-        for step in range(size):
-            left -= bins[-(iteration + step) % size]
-            if left < 0:
-                return count + step
-        return count + size
+        first = -iteration % size
+        needs = bins[first::-1] + bins[:first:-1]  # by the iterations from here on: phases go down, and around
+        return full * size + bisect_right(list(accumulate(needs)), left)

@@ -28,6 +28,7 @@ class VllmPolicy(ServingEvents):
 
     def __init__(self, cluster: ClusterInfo, engine: EngineConfig, dispatch: Dispatch = "least_outstanding") -> None:
         self.cluster = cluster
+        self.num_instances = len(cluster.instances)
         self.engine = engine
         self.lanes: dict[int, LaneScheduler] = {}
         self.dispatcher = Dispatcher(self.lanes, dispatch)
@@ -43,7 +44,7 @@ class VllmPolicy(ServingEvents):
         for instance, lane in self.lanes.items():
             cached = lane.index.evictable_blocks if lane.index is not None else 0
             yield Gauge(instance, len(lane.running), len(lane.waiting), lane.used_blocks(), lane.num_blocks, cached,
-                        param_bytes=infos[instance].num_layers * infos[instance].layer_param_bytes)  # fmt: skip
+                        0, 0, infos[instance].num_layers * infos[instance].layer_param_bytes)  # fmt: skip
 
     # ------------------------------------------------------------ routing
 
@@ -66,13 +67,11 @@ class VllmPolicy(ServingEvents):
             for seq in self._dying.pop(event.lane).lost(event):
                 self._route(seq, out)
             return
-        instance = event.lane % len(self.cluster.instances)
+        instance = event.lane % self.num_instances
         lane = self.lanes[instance]
-        before = lane.outstanding()
         lane.step_done(event, out)
         lane.schedule(out)
-        if lane.outstanding() != before:
-            self.dispatcher.note(instance, lane)
+        self.dispatcher.note(instance, lane)
 
     # ------------------------------------------------------------ membership
 
@@ -84,7 +83,7 @@ class VllmPolicy(ServingEvents):
         layers = self.cluster.instances[event.instance].num_layers
         stages = (Stage(event.instance, (0, layers)),)
         start = self._starts[event.instance] = self._starts.get(event.instance, -1) + 1
-        lane_id = event.instance + start * len(self.cluster.instances)  # an instance that is back has a new lane
+        lane_id = event.instance + start * self.num_instances  # an instance that is back has a new lane
         lane = self.make_lane(lane_id, stages, event.kv_cells // layers)
         self.lanes[event.instance] = lane
         self.dispatcher.added(event.instance)
