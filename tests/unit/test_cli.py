@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -196,6 +197,21 @@ def test_prompts_beyond_the_context_window_are_rejected_with_a_reason(
     assert "rejected: 40 × prompt of 5000 tokens exceeds max_model_len 4096" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("policy", "status"), [("clip", 0), ("error", 2)])
+def test_prompts_beyond_the_context_window_are_cut_or_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str, status: int
+) -> None:
+    (tmp_path / "trace.csv").write_text("arrival,prompt,output\n0,10,5\n1,99999999,5\n2,4096,5\n")
+    arguments = ["workload=file", f"workload.path={tmp_path}/trace.csv", "run.figures=false", "run.trace=false"]
+    assert cli.main([*arguments, "model=llama2-7b", f"workload.overlong={policy}", f"run.results={tmp_path}",
+                     "run.name=r"]) == status  # fmt: skip
+    if policy == "error":
+        assert "row 3 has 99999999 prompt tokens, more than 4095" in capsys.readouterr().err
+        return
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert (summary["completed"], summary["rejected"], summary["workload_clipped_overlong"]) == (3, 0, 2)
+
+
 def test_refusals_are_told_by_kind() -> None:
     reasons = [f"prompt of {num} tokens is too long" for num in range(5)] + ["no instance"] * 2 + ["a", "b"]
     assert refusals(reasons) == ["rejected: 5 × prompt of 0 tokens is too long", "rejected: 2 × no instance",
@@ -261,6 +277,27 @@ def test_an_interrupted_run_is_readable_and_marked(tmp_path: Path, how: signal.S
     manifest = json.loads((tmp_path / "r" / "manifest.json").read_text())
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert manifest["partial"] is True and summary["completed"] > 0 and summary["live_at_end"] >= 0
+
+
+def test_a_signal_before_the_run_is_one_line(tmp_path: Path) -> None:
+    """SIGTERM ends as Ctrl-C does while a trace is read; the trace is a pipe, which holds its reader until then."""
+    trace = tmp_path / "trace.csv"
+    os.mkfifo(trace)
+    script = "import run, sys, workloads.paths as p; p.find = p.Path; sys.exit(run.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "workload=file", f"workload.path={trace}", f"run.results={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with trace.open("w"):  # blocks until the reader is there
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.strip() == "interrupted: nothing further is written"
+
+
+def test_help_may_be_cut_short() -> None:
+    process = subprocess.Popen([sys.executable, "run.py", "--help"], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
 
 
 def test_a_system_that_names_another_is_run_and_drawn_beside_it(tmp_path: Path) -> None:
