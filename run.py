@@ -278,9 +278,12 @@ def served(workload: Any, max_model_len: int) -> Any:
     from workloads.types import add_counts
 
     room = np.where(workload.prompt_tokens < max_model_len, max_model_len - workload.prompt_tokens, 1 << 40)
-    clipped = int((workload.output_tokens > room).sum())
-    if not clipped:
+    over = workload.output_tokens > room
+    if not over.any():
         return workload
+    # What stood at the workload's own limit has been counted where it was cut to that.
+    counted = workload.counts.get("clipped_output", 0) > 0
+    clipped = int((over & ~(counted & (workload.output_tokens == workload.max_output_tokens))).sum())
     counts = add_counts(workload.counts, clipped_output=clipped)
     return replace(workload, output_tokens=np.minimum(workload.output_tokens, room), counts=counts)
 

@@ -167,6 +167,8 @@ def test_outputs_stop_at_the_context_window(tmp_path: Path) -> None:
     assert call(tmp_path, "model=llama2-7b", *lengths) == 0
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert (summary["completed"], summary["workload_clipped_output"]) == (40, 40)
+    assert call(tmp_path, "model=llama2-7b", *lengths, "workload.max_output_tokens=300") == 0  # cut twice, counted once
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["workload_clipped_output"] == 40
 
 
 def test_a_cluster_that_is_lost_altogether_leaves_partial_results(
