@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from common.executors.simfaults import MessageFaults
     from common.policy import Executor
     from common.record import RunRecord
+    from workloads.config import WorkloadConfig
 
 USAGE = """python run.py [key=value …]      one run; results in results/runs/<run.name>/
 python run.py -m key=a,b …        a sweep: one run per combination, then one table of all
@@ -195,6 +196,19 @@ def _stoppable(progress: Callable[[int], None]) -> Iterator[Callable[[int], None
             signal.signal(number, handler)
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends what comes before and after the run itself as Ctrl-C does; `_stoppable` has the run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def execute(config: RunConfig, quiet: bool = False) -> Outcome:
     """Run, write the results folder, print the table, draw. Raises KVPlaneError on what a user can mend."""
     from common.results import RunFolder
@@ -206,7 +220,7 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
         raise ConfigError("log.outputs=true: runtime=sim makes no tokens; use runtime=local or dist")
     folder = RunFolder.create(config.run.results, config.run_name)
     begin = time.perf_counter()
-    workload = build(config.workload, config.seed)
+    workload = build(within_window(config.workload, config.engine.max_model_len), config.seed)
     if not workload.num_requests:
         raise ConfigError(f"workload={config.workload_name} has no requests: {dict(workload.counts)}")
     workload = served(workload, config.engine.max_model_len)
@@ -259,6 +273,15 @@ def _outputs(config: RunConfig, executor: SimExecutor) -> str | None:
     return "".join(json.dumps({"request_id": key, "tokens": ids}) + "\n" for key, ids in sorted(outputs.items()))
 
 
+def within_window(workload: WorkloadConfig, max_model_len: int) -> WorkloadConfig:
+    """Prompts that this server cannot take are overlong too where those are cut or an error; with `reject` it is the
+    server that turns them away, with a reason."""
+    if workload.overlong == "reject":
+        return workload
+    most = max(1, max_model_len - 1)
+    return replace(workload, max_prompt_tokens=min(workload.max_prompt_tokens or most, most))
+
+
 def served(workload: Any, max_model_len: int) -> Any:
     """True outputs as this server gives them: they stop at the context window, and are then counted as clipped."""
     import numpy as np
@@ -266,9 +289,12 @@ def served(workload: Any, max_model_len: int) -> Any:
     from workloads.types import add_counts
 
     room = np.where(workload.prompt_tokens < max_model_len, max_model_len - workload.prompt_tokens, 1 << 40)
-    clipped = int((workload.output_tokens > room).sum())
-    if not clipped:
+    over = workload.output_tokens > room
+    if not over.any():
         return workload
+    # What stood at the workload's own limit has been counted where it was cut to that.
+    counted = workload.counts.get("clipped_output", 0) > 0
+    clipped = int((over & ~(counted & (workload.output_tokens == workload.max_output_tokens))).sum())
     counts = add_counts(workload.counts, clipped_output=clipped)
     return replace(workload, output_tokens=np.minimum(workload.output_tokens, room), counts=counts)
 
@@ -313,14 +339,14 @@ def _present(
         print(f"results: {path}" + (f"   figure: {figures[0]}" if figures else ""))
 
 
-def _beside(config: RunConfig, arguments: list[str], outcome: Outcome) -> None:
-    """Run the system that this one is to be seen beside (`system.against`), and print both."""
+def _beside(config: RunConfig, arguments: list[str], outcome: Outcome) -> Outcome:
+    """Run the system that this one is to be seen beside (`system.against`), and print both. Gives the last run."""
     other = config.system_options.get("against")
     if not other or other == config.system:
-        return
+        return outcome
     if config.runtime.name == "dist" and _under_torchrun():
         print(f"note: torchrun's workers serve one run: system={other} is for another (or system.against=null)")
-        return
+        return outcome
     from common.config import compose
     from common.console import comparison_table
     from common.runs import load_run
@@ -329,6 +355,8 @@ def _beside(config: RunConfig, arguments: list[str], outcome: Outcome) -> None:
     rest = [argument for argument in arguments if not argument.startswith(mine)]
     name = f"{config.run.name}-{other}" if config.run.name else None
     second = execute(compose([*rest, f"system={other}", *([f"run.name={name}"] if name else [])]), quiet=True)
+    if second.manifest.get("partial"):
+        return second
     runs = [load_run(folder) for folder in (outcome.folder, second.folder)]
     print()
     print(comparison_table(runs))
@@ -337,6 +365,7 @@ def _beside(config: RunConfig, arguments: list[str], outcome: Outcome) -> None:
 
         paths = draw_comparison(runs, outcome.folder / f"beside-{other}")
         print(f"beside {other}: {', '.join(str(path) for path in paths if path.suffix == '.png')}")
+    return second
 
 
 def _under_torchrun() -> bool:
@@ -371,6 +400,20 @@ def _sweep(arguments: list[str]) -> None:
         raise ConfigError(f"{len(failed)} of the sweep's jobs failed: {failed[0].error}")
 
 
+def _run(arguments: list[str]) -> int:
+    """One run, and what it is to be seen beside."""
+    from common.config import compose
+
+    config = compose(arguments)
+    outcome = execute(config)
+    if not outcome.manifest.get("partial"):
+        outcome = _beside(config, arguments, outcome)
+    if not outcome.manifest.get("partial"):
+        return 0
+    print(f"stopped early: partial results in {outcome.folder}", file=sys.stderr)
+    return 130 if outcome.manifest["stopped"] == "interrupted" else 1
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run stalled, 2 the user can mend it (one line on stderr), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -387,23 +430,18 @@ def main(arguments: list[str] | None = None) -> int:
                                   "of torchrun, or Hydra's submitit launcher: docs/distributed.md)")  # fmt: skip
             _sweep(arguments)
         else:
-            from common.config import compose
-
             if "system=all" in arguments:
                 raise ConfigError("system=all: several systems are a sweep: python run.py -m system=all …")
-            config = compose(arguments)
-            outcome = execute(config)
-            if not outcome.manifest.get("partial"):
-                _beside(config, arguments, outcome)
-            if outcome.manifest.get("partial"):
-                print(f"stopped early: partial results in {outcome.folder}", file=sys.stderr)
-                return 130 if outcome.manifest["stopped"] == "interrupted" else 1
+            with _terminable():
+                return _run(arguments)
     except KVPlaneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing further is written", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output (`| head`) has seen enough; results are written before it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -136,11 +136,12 @@ def from_composed(composed: Any) -> RunConfig:
     from omegaconf import OmegaConf
 
     choices = dict(composed.hydra.runtime.choices)
+    _check_experiment(choices.get("experiment"), composed.hydra.searchpath)
     own = OmegaConf.masked_copy(composed, [key for key in composed if key not in ("hydra", "description")])
     tree = OmegaConf.to_container(own, resolve=True)
     assert isinstance(tree, dict)
-    hardware = tree["hardware"]
-    if "grid" in hardware:
+    hardware = tree.get("hardware")
+    if isinstance(hardware, dict) and "grid" in hardware:
         hardware["grid"] = grid_beside(str(choices["hardware"]), hardware["grid"], composed.hydra.searchpath)
     return build(tree, {group: choices.get(group) for group in GROUPS})  # type: ignore[arg-type]
 
@@ -149,7 +150,7 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
     """A RunConfig from plain mappings; `choices` are the names picked in each config group."""
     import yaml
 
-    _check_keys(tree)
+    _check_keys(tree, choices)
     text = yaml.safe_dump(tree, sort_keys=True, allow_unicode=True)
     system = _without(tree["system"], "description", "not_for")
     model = dict(tree["model"])
@@ -175,7 +176,7 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
         cluster=cluster,
         engine=_engine(engine, min(model.max_position for model in specs or (spec,))),
         kv_blocks=_optional_int("engine.kv_blocks", engine["kv_blocks"]),
-        gpu_memory_utilization=_number("engine.gpu_memory_utilization", engine["gpu_memory_utilization"]),
+        gpu_memory_utilization=_utilization(engine["gpu_memory_utilization"]),
         cost_source=_choice("cost.source", tree["cost"]["source"], ("operators", "vidur")),
         traits=engine_traits(tree["cost"]["traits"], hardware),
         slo=Slo(_maybe("slo.ttft_ms", tree["slo"]["ttft_ms"]), _maybe("slo.tpot_ms", tree["slo"]["tpot_ms"])),
@@ -187,6 +188,13 @@ def build(tree: dict[str, Any], choices: Mapping[str, str | None]) -> RunConfig:
         seed=_integer("seed", tree["seed"], 0),
         yaml=text,
     )
+
+
+def _check_experiment(name: str | None, folders: Sequence[str]) -> None:
+    """`optional experiment` lets Hydra pass over one that is not there: the run would be another than was asked for."""
+    places = (CONF, *(Path(folder.removeprefix("file://")) for folder in folders))
+    if name is not None and not any((place / "experiment" / f"{name}.yaml").is_file() for place in places):
+        raise ConfigError(f"experiment={name}: unknown experiment; choose one of: {', '.join(available('experiment'))}")
 
 
 def _log_options(tree: Mapping[str, Any], runtime: str) -> LogOptions:
@@ -226,8 +234,10 @@ def _base() -> dict[str, Any]:
     return tree
 
 
-def _check_keys(tree: Mapping[str, Any]) -> None:
-    """Keys added with Hydra's `+` are as unknown as mistyped ones (groups check their own)."""
+def _check_keys(tree: Mapping[str, Any], choices: Mapping[str, str | None]) -> None:
+    """Keys added with Hydra's `+` are as unknown as mistyped ones (other groups check their own)."""
+    import yaml
+
     base = _base()
     known = [*(key for key in base if key not in ("defaults", "hydra")), *GROUPS]
     for key, section in tree.items():
@@ -235,9 +245,31 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key} is unknown; known: {', '.join(known)}")
         if (key in GROUPS or isinstance(base.get(key), dict)) and not (isinstance(section, dict) and section):
             raise ConfigError(f"{key}={section!r}: this is a group of keys (see conf/)")
-        for name in section if isinstance(base.get(key), dict) else ():
-            if name not in base[key]:
-                raise ConfigError(f"{key}.{name} is unknown; known: {', '.join(base[key])}")
+        if isinstance(base.get(key), dict):
+            _same_keys(key, section, base[key])
+    _present("", tree, [key for key in known if key != "experiment"])
+    for group in ("system", "cluster", "logger"):
+        file = CONF / group / f"{choices.get(group)}.yaml"
+        if file.is_file():  # one of a folder of the user's own speaks for itself
+            _same_keys(group, tree[group], yaml.safe_load(file.read_text(encoding="utf-8")))
+    _present("runtime.", tree["runtime"], ["name"])
+
+
+def _same_keys(section: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Keys that Hydra's `+` added or its `~` took away are named."""
+    names = [name for name in known if name not in ("description", "not_for", "defaults")]
+    for name in given:
+        if name not in known:
+            close = get_close_matches(name, names, n=1)
+            hint = f"did you mean {section}.{close[0]}? " if close else ""
+            raise ConfigError(f"{section}.{name} is unknown; {hint}known: {', '.join(names)}")
+    _present(f"{section}.", given, names)
+
+
+def _present(prefix: str, given: Mapping[str, Any], names: Sequence[str]) -> None:
+    gone = next((name for name in names if name not in given), None)
+    if gone is not None:
+        raise ConfigError(f"{prefix}{gone} is missing; without ~{prefix}{gone} it has its default")
 
 
 def _cluster(tree: dict[str, Any]) -> ClusterConfig:
@@ -394,6 +426,13 @@ def _number(key: str, value: object, low: float = 0.0, high: float = 1e9) -> flo
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ConfigError(f"{key}={value!r}: give a number from {low:g} to {high:g}")
     return float(value)
+
+
+def _utilization(value: object) -> float:
+    share = _number("engine.gpu_memory_utilization", value, high=1.0)
+    if not share:
+        raise ConfigError(f"engine.gpu_memory_utilization={value!r}: give a share above 0, up to 1")
+    return share
 
 
 def _maybe(key: str, value: object) -> float | None:

@@ -46,7 +46,7 @@ def _to_wandb(run: LoadedRun, figures: Sequence[Path], options: Mapping[str, Any
     session = wandb.init(
         project=str(options.get("project", "kvplane")),
         name=run.name,
-        dir=str(options.get("dir", run.path)),
+        dir=str(options.get("dir") or run.path),
         mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
         config={**run.config, "manifest": run.manifest},
         settings=wandb.Settings(console="off", disable_git=True, x_disable_stats=True),

@@ -16,6 +16,7 @@ from workloads.types import Floats, Ints
 NS = 1_000_000_000
 MAX_SECONDS = 1e9  # thirty years, far inside 64-bit nanoseconds
 MAX_REQUESTS = 50_000_000
+MAX_PHASES = 20_000_000
 Rng = np.random.Generator
 
 
@@ -29,24 +30,41 @@ def unit_gaps(rng: Rng, num: int, cv: float) -> Floats:
 
 def unit_times(rng: Rng, cv: float, num: int | None, total: float) -> Floats:
     """The first `num` points of a unit-rate renewal process, or (None) those before `total`, or both."""
-    expected = total if num is None else min(float(num), total)
-    if expected > MAX_REQUESTS:
-        raise ConfigError(
-            f"workload: {expected:.3g} requests are expected of this rate, duration and num_requests; "
-            f"at most {MAX_REQUESTS:,} are replayed in one run"
-        )
+    check_count(total, num)
     if num is not None and math.isinf(total):
         return np.cumsum(unit_gaps(rng, num, cv))
     parts: list[Floats] = []
     last, count = 0.0, 0
     while last < total and (num is None or count < num):
         size = int(total - last + 4.0 * cv * math.sqrt(total)) + 16
+        size = size if num is None else min(size, num - count)
         points = last + np.cumsum(unit_gaps(rng, size, cv))
         parts.append(points)
         last, count = float(points[-1]), count + size
     times = np.concatenate(parts) if parts else np.empty(0)
     times = times[: np.searchsorted(times, total)]
     return times if num is None else times[:num]
+
+
+def check_count(expected: float, num: int | None) -> None:
+    """As many requests as one run replays."""
+    expected = expected if num is None else min(float(num), expected)
+    if expected > MAX_REQUESTS:
+        raise ConfigError(
+            f"workload: {expected:.3g} requests are expected of this rate, duration and num_requests; "
+            f"at most {MAX_REQUESTS:,} are replayed in one run"
+        )
+
+
+def check_extent(end_s: float, rate: float, num: int | None, phase_s: float) -> None:
+    """Before phases of about `phase_s` are laid out until `end_s`: that they can be, and what arrives in them."""
+    if not end_s < MAX_SECONDS:
+        raise ConfigError(f"workload: arrivals reach beyond {MAX_SECONDS:.0e} s; lower duration_s or num_requests, "
+                          "or raise the rate")  # fmt: skip
+    check_count(end_s * rate, num)
+    if end_s / phase_s > MAX_PHASES:
+        raise ConfigError(f"workload: the rate changes {end_s / phase_s:.3g} times until {end_s:.3g} s; at most "
+                          f"{MAX_PHASES:,} times are possible: lower duration_s or num_requests")  # fmt: skip
 
 
 def to_ns(seconds: Floats) -> Ints:

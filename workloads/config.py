@@ -270,6 +270,8 @@ _MAY_BE_ZERO = (
     "jitter_s", "think_mean_s", "think_cv", "system_tokens", "first_burst_s", "first_dwell_s", "dwell_std_s",
     "start_s", "zipf_alpha", "long_fraction", "trace",
 )  # fmt: skip
+# Beyond these, arrays would outgrow memory or 64 bits before anything is replayed.
+_MOST = {"speed": 1e6, "rate_scale": 1e6, "length_scale": 1e6, "turns_max": 100_000, "num_documents": 1_000_000}
 
 
 def _check(config: Common) -> None:
@@ -281,6 +283,8 @@ def _check(config: Common) -> None:
         if not (value >= 0 if at_least_zero else value > 0) or value == float("inf"):
             need = "must not be negative" if at_least_zero else "must be greater than 0"
             raise ConfigError(f"workload.{field.name}={value!r} {need}")
+        if value > _MOST.get(field.name, value):
+            raise ConfigError(f"workload.{field.name}={value!r} must be at most {_MOST[field.name]:,.0f}")
     if config.window_s is not None and not 0 <= config.window_s[0] < config.window_s[1]:
         raise ConfigError(f"workload.window_s={list(config.window_s)} needs 0 <= start < end")
     fraction = getattr(config, "long_fraction", None)

@@ -38,14 +38,27 @@ def load(overrides: Sequence[str]) -> tuple[str, int, dict[str, object]]:
         raise ConfigError(f"workload={name} is unknown; choose one of: {', '.join(known)}")
     try:
         seed = int(pairs.pop("seed", "0"))
+        if seed < 0:
+            raise ValueError
         mapping = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
         for key, value in pairs.items():
-            _assign(mapping, key, yaml.safe_load(value))
+            _assign(mapping, key, _value(value))
     except ValueError:
-        raise ConfigError("seed must be a whole number") from None
+        raise ConfigError("seed must be a whole number of at least 0") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"an override is not a YAML value: {' '.join(str(error).split())}") from None
     return str(name), seed, mapping
+
+
+def _value(text: str) -> object:
+    """As on run.py's command line, where 1e9 is a number; to YAML 1.1 it is a word."""
+    value = yaml.safe_load(text)
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _assign(mapping: dict[str, Any], key: str, value: object) -> None:

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from common.errors import ConfigError
 from common.rng import stream
 from workloads import arrivals
 from workloads.config import Burst, ClosedLoop, Diurnal, Lengthy, LongContext, Poisson, SharedPrefix
@@ -59,11 +60,19 @@ def closed_loop(config: ClosedLoop, seed: int) -> Workload:
     )  # fmt: skip
 
 
+def _end_s(end_s: float | None, num: int | None, enough_s: float) -> float:
+    """Until when phases are laid out: no further than the last request that is asked for."""
+    if end_s is None:
+        return enough_s
+    return end_s if num is None else min(end_s, enough_s)
+
+
 def burst(config: Burst, seed: int) -> Workload:
     lowest = config.rate * min(1.0, config.burst_multiplier)
     end = horizon_s(config)
-    end_s = arrivals.enough_s(config.num_requests or 0, lowest, config.cv) if end is None else end
+    end_s = _end_s(end, config.num_requests, arrivals.enough_s(config.num_requests or 0, lowest, config.cv))
     dwell = (config.dwell_mean_s, config.dwell_std_s, config.dwell_max_s)
+    arrivals.check_extent(end_s, config.rate, config.num_requests, config.dwell_mean_s + max(1e-3, config.quiet_mean_s))
     edges, bursts = arrivals.burst_phases(
         stream(seed, "workload.phases"), config.first_burst_s, config.first_dwell_s, dwell, config.quiet_mean_s, end_s
     )
@@ -92,7 +101,10 @@ def diurnal_rates(config: Diurnal, end_s: float) -> tuple[Floats, Floats]:
 def diurnal(config: Diurnal, seed: int) -> Workload:
     end = horizon_s(config)
     need_s = 2 * config.period_s + 2 * arrivals.enough_s(config.num_requests or 0, config.rate, config.cv)
-    edges, rates = diurnal_rates(config, need_s if end is None else end)
+    end_s = _end_s(end, config.num_requests, need_s)
+    step_s = config.period_s / len(config.levels) if config.shape == "steps" else STEP_S
+    arrivals.check_extent(end_s, config.rate, config.num_requests, step_s)
+    edges, rates = diurnal_rates(config, end_s)
     rng = stream(seed, "workload.arrivals")
     times = arrivals.piecewise(rng, edges, rates, config.cv, config.num_requests, end)
     why = f"load swings around {config.rate:g}/s every {config.period_s:g} s ({config.shape})"
@@ -105,12 +117,19 @@ SPREAD_MIXES = ((60_000, 6_000, 0.3), (60_000, 6_000, 1.0), (60_000, 6_000, 2.0)
 RANGE_MIXES = tuple((largest, 0.05) for largest in (200_000, 320_000, 500_000, 800_000, 1_260_000, 2_000_000))
 
 
+def _context_above(tokens: int, config: LongContext) -> int | None:
+    if config.max_context is not None and config.max_context <= tokens:
+        raise ConfigError(f"workload.max_context={config.max_context}: prompts of mix {config.trace} need more than "
+                          f"{tokens:,}")  # fmt: skip
+    return config.max_context
+
+
 def long_context_prompt(config: LongContext) -> LogNormal | Mixture:
     if config.trace < 3:
         largest, mean, cv = SPREAD_MIXES[config.trace]
-        return lognormal(mean, cv=cv, low=1000, high=config.max_context or largest)
+        return lognormal(mean, cv=cv, low=1000, high=_context_above(mean, config) or largest)
     largest, fraction = RANGE_MIXES[config.trace - 3]
-    high = config.max_context or largest
+    high = _context_above(1, config) or largest
     short = lognormal(min(2_000, high / 2), cv=1.5, high=min(10_000, high))
     share = fraction if config.long_fraction is None else config.long_fraction
     return Mixture(short, Uniform(min(10_000, high), high, log=True), share)

@@ -18,7 +18,7 @@ import numpy as np
 from common.errors import ConfigError, TraceError
 from common.rng import stream
 from workloads import paths
-from workloads.arrivals import NS
+from workloads.arrivals import NS, check_count
 from workloads.config import ServeGen
 from workloads.generators import draw_lengths
 from workloads.transform import horizon_s
@@ -64,6 +64,7 @@ def build_servegen(config: ServeGen, seed: int) -> Workload:
     if measured == 0:
         raise ConfigError(f"workload.start_s={start_s:g}: no client of {config.pool} is active then; choose another")
     factor = 1.0 if config.rate is None else config.rate / measured
+    check_count(measured * factor * end, None)  # all clients are drawn until the end, however few requests are kept
     times = [
         client_times(client, start_s, end_s, factor, stream(seed, f"workload.arrivals.{client.name}"))
         for client in clients

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from common.errors import ConfigError, TraceError
 from common.rng import stream
-from workloads.arrivals import NS
+from workloads.arrivals import MAX_SECONDS, NS
 from workloads.config import Common
 from workloads.content import cut, num_tokens, renumber_replies, scale, unique
 from workloads.types import Ints, Workload, add_counts
@@ -93,7 +93,8 @@ def upscale_times(times: Ints, factor: float, rng: np.random.Generator) -> Ints:
     """TraceUpscaler: each timestamp ⌊f⌋ times, once more with probability frac(f); at most as many as before."""
     whole = int(factor)
     copies = whole + (rng.random(len(times)) < factor - whole)
-    return np.repeat(times, copies)[: len(times)]
+    used = -(-len(times) // whole) if whole else len(times)  # the timestamps whose copies are enough
+    return np.repeat(times[:used], np.minimum(copies[:used], len(times)))[: len(times)]
 
 
 def rate_scale(workload: Workload, factor: float, seed: int) -> Workload:
@@ -110,6 +111,8 @@ def rate_scale(workload: Workload, factor: float, seed: int) -> Workload:
 def speed(workload: Workload, factor: float) -> Workload:
     """Replay the schedule `factor` times as fast; think times are people's and stay."""
     timed = workload.arrival_ns >= 0
+    if timed.any() and float(workload.arrival_ns.max()) / factor >= MAX_SECONDS * NS:
+        raise ConfigError(f"workload.speed={factor:g}: arrivals reach beyond {MAX_SECONDS:.0e} s")
     faster = np.where(timed, np.rint(workload.arrival_ns / factor).astype(np.int64), -1)
     return replace(workload, arrival_ns=faster)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -172,6 +173,9 @@ def _build(cls: type[_T], kind: str, mapping: Mapping[str, Any]) -> _T:
     values: dict[str, Any] = {}
     for key, value in mapping.items():
         hint = hints[key]
+        if hint in (int, float) and not _is_number(value, hint):
+            what = "a whole number" if hint is int else "a number"
+            raise ConfigError(f"{kind}.{key}={value!r} is not {what} ({kind} {name})")
         try:
             values[key] = hint(value) if hint in (int, float, str) and value is not None else value
         except (TypeError, ValueError):
@@ -180,6 +184,17 @@ def _build(cls: type[_T], kind: str, mapping: Mapping[str, Any]) -> _T:
         return cls(**values)
     except TypeError as error:
         raise ConfigError(f"{kind} {name}: {str(error).split(') ')[-1]}") from None
+
+
+def _is_number(value: object, hint: type) -> bool:
+    """Numbers, and texts of them; a fraction or a truth value is not cut down to a whole number in silence."""
+    if isinstance(value, bool):
+        return False
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return isfinite(number) and (hint is float or number.is_integer())
 
 
 def load_model(mapping: Mapping[str, Any]) -> ModelSpec:
@@ -215,9 +230,25 @@ def from_hf_config(path: str, any_dtype: bool = False) -> ModelSpec:
     return _spec_of(config, ARCHITECTURES[architecture], file, any_dtype)
 
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _refuse_other_kinds(config: Mapping[str, Any], file: Path) -> None:
+    """What a dense decoder with full attention does not have, whatever architecture the file names."""
+    for key in EXPERTS:
+        if config.get(key) not in (None, 0, 1):
+            raise ConfigError(f"{file}: {key}={config[key]!r}: only dense models are supported, no mixtures of experts")
+    kinds = config.get("layer_types") or []
+    other = next((kind for kind in kinds if kind != "full_attention"), None) if isinstance(kinds, list) else kinds
+    if config.get("use_sliding_window") or other is not None:
+        key = "use_sliding_window" if config.get("use_sliding_window") else f"layer_types has {other!r}"
+        raise ConfigError(f"{file}: {key}: only full attention is supported")
+
+
 def _spec_of(config: Mapping[str, Any], family: str, file: Path, any_dtype: bool) -> ModelSpec:
     if config.get("quantization_config"):
         raise ConfigError(f"{file}: quantised weights (quantization_config) have no measured operators; use bf16")
+    _refuse_other_kinds(config, file)
     try:
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])

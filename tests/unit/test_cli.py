@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -71,6 +72,29 @@ def call(tmp_path: Path, *arguments: str) -> int:
         (["system=mell", "cluster.models=[llama2-7b,llama2-13b]"], ["workload.per_model", "llama2-7b"]),
         (["workload.per_model={a: {}, b: {}}"], ["workload.per_model", "cluster.models"]),
         (["engine=null"], ["engine"]),
+        (["experiment=nope"], ["experiment=nope", "kunserve/burst"]),
+        (["experiment=harness/nope"], ["experiment=harness/nope", "harness/azure_conv"]),
+        (["+cluster.extra=1"], ["cluster.extra", "num_instances"]),
+        (["+system.dispach=round_robin"], ["system.dispach", "system.dispatch"]),
+        (["+logger.extra=1"], ["logger.extra"]),
+        (["model.num_layers=1.5"], ["model.num_layers=1.5"]),
+        (["model.num_layers=null"], ["model.num_layers=None"]),
+        (["~slo"], ["slo", "missing"]),
+        (["~system"], ["system", "missing"]),
+        (["~seed"], ["seed", "missing"]),
+        (["~hardware"], ["hardware", "missing"]),
+        (["~cluster.tp"], ["cluster.tp", "missing"]),
+        (["~runtime.name"], ["runtime.name", "missing"]),
+        (["~engine.block_size"], ["engine.block_size", "missing"]),
+        (["engine.gpu_memory_utilization=0"], ["engine.gpu_memory_utilization"]),
+        (["workload=diurnal", "workload.num_requests=null", "workload.duration_s=1e12"], ["duration_s"]),
+        (["workload=burst", "workload.num_requests=null", "workload.duration_s=1e12"], ["duration_s"]),
+        (["workload=burst", "workload.num_requests=null", "workload.duration_s=1e8"], ["requests"]),
+        (["workload=burst", "workload.dwell_mean_s=1e-9", "workload.quiet_mean_s=1e-9", "workload.num_requests=null",
+          "workload.rate=1e-3", "workload.duration_s=1e6"], ["duration_s", "times"]),
+        (["workload=burst", "workload.duration_s=null", "workload.rate=1e-9"], ["rate"]),
+        (["workload=diurnal", "workload.duration_s=null", "workload.rate=1e-9"], ["rate"]),
+        (["workload=long_context", "workload.max_context=1"], ["workload.max_context"]),
         (["model.hf_config=5"], ["5"]),
         (["workload.rate=1e-300"], ["rate"]),
         (["workload.rate=1e9", "workload.num_requests=null", "workload.duration_s=1e6"], ["requests"]),
@@ -116,6 +140,9 @@ def test_broken_traces_name_file_and_row(
         ('{"architectures": ["LlamaForCausalLM"], "hidden_size": "x", "num_attention_heads": 8}', ["config.json"]),
         ('{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 0}', ["config.json"]),
         ('{"architectures": ["LlamaForCausalLM"], "quantization_config": {"bits": 4}}', ["quantization_config"]),
+        ('{"architectures": ["LlamaForCausalLM"], "num_local_experts": 8}', ["num_local_experts", "dense"]),
+        ('{"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": true}', ["use_sliding_window"]),
+        ('{"architectures": ["Qwen3ForCausalLM"], "layer_types": ["sliding_attention"]}', ["layer_types"]),
         (
             '{"architectures": ["LlamaForCausalLM"], "torch_dtype": "float32", "hidden_size": 64, '
             '"num_attention_heads": 4}',
@@ -140,6 +167,8 @@ def test_outputs_stop_at_the_context_window(tmp_path: Path) -> None:
     assert call(tmp_path, "model=llama2-7b", *lengths) == 0
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert (summary["completed"], summary["workload_clipped_output"]) == (40, 40)
+    assert call(tmp_path, "model=llama2-7b", *lengths, "workload.max_output_tokens=300") == 0  # cut twice, counted once
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["workload_clipped_output"] == 40
 
 
 def test_a_cluster_that_is_lost_altogether_leaves_partial_results(
@@ -168,6 +197,21 @@ def test_prompts_beyond_the_context_window_are_rejected_with_a_reason(
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert (summary["completed"], summary["rejected"]) == (0, 40)
     assert "rejected: 40 × prompt of 5000 tokens exceeds max_model_len 4096" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("policy", "status"), [("clip", 0), ("error", 2)])
+def test_prompts_beyond_the_context_window_are_cut_or_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str, status: int
+) -> None:
+    (tmp_path / "trace.csv").write_text("arrival,prompt,output\n0,10,5\n1,99999999,5\n2,4096,5\n")
+    arguments = ["workload=file", f"workload.path={tmp_path}/trace.csv", "run.figures=false", "run.trace=false"]
+    assert cli.main([*arguments, "model=llama2-7b", f"workload.overlong={policy}", f"run.results={tmp_path}",
+                     "run.name=r"]) == status  # fmt: skip
+    if policy == "error":
+        assert "row 3 has 99999999 prompt tokens, more than 4095" in capsys.readouterr().err
+        return
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert (summary["completed"], summary["rejected"], summary["workload_clipped_overlong"]) == (3, 0, 2)
 
 
 def test_refusals_are_told_by_kind() -> None:
@@ -235,6 +279,27 @@ def test_an_interrupted_run_is_readable_and_marked(tmp_path: Path, how: signal.S
     manifest = json.loads((tmp_path / "r" / "manifest.json").read_text())
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert manifest["partial"] is True and summary["completed"] > 0 and summary["live_at_end"] >= 0
+
+
+def test_a_signal_before_the_run_is_one_line(tmp_path: Path) -> None:
+    """SIGTERM ends as Ctrl-C does while a trace is read; the trace is a pipe, which holds its reader until then."""
+    trace = tmp_path / "trace.csv"
+    os.mkfifo(trace)
+    script = "import run, sys, workloads.paths as p; p.find = p.Path; sys.exit(run.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "workload=file", f"workload.path={trace}", f"run.results={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with trace.open("w"):  # blocks until the reader is there
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.strip() == "interrupted: nothing further is written"
+
+
+def test_help_may_be_cut_short() -> None:
+    process = subprocess.Popen([sys.executable, "run.py", "--help"], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
 
 
 def test_a_system_that_names_another_is_run_and_drawn_beside_it(tmp_path: Path) -> None:

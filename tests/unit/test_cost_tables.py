@@ -103,6 +103,14 @@ def test_validate_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(lines) == 3 and "b300" in lines[1] and "'k'" in lines[2]
 
 
+def test_what_vidur_predicted_is_not_taken_for_measured(tmp_path: Path) -> None:
+    aiconfigurator(tmp_path / "measured")
+    (tmp_path / "predictions").mkdir()
+    vidur_folder(tmp_path / "predictions")
+    assert [t.family for t in read_tables(tmp_path)] == ["linear", "all_reduce"]
+    assert read_tables(tmp_path, "vidur") == []
+
+
 def test_in_engine_tables_are_found_by_model_name(tmp_path: Path) -> None:
     folder = tmp_path / "CARD" / "Llama-3.1-8B" / "tp2"
     folder.mkdir(parents=True)

@@ -26,11 +26,12 @@ def test_overrides_are_yaml(tmp_path: Path) -> None:
             "seed=9",
             "window_s=[1, 2]",
             "rate=null",
+            "cv=1e-1",
         ]
     )
     assert (name, seed) == ("burst", 9)
     assert mapping["lengths"] == {"prompt": {"kind": "fixed", "tokens": 5}}
-    assert mapping["window_s"] == [1, 2] and mapping["rate"] is None
+    assert mapping["window_s"] == [1, 2] and mapping["rate"] is None and mapping["cv"] == 0.1
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def test_overrides_are_yaml(tmp_path: Path) -> None:
         (["workload=burst", "rate"], "'rate' is not key=value"),
         (["workload=burst", "rate=[1"], "not a YAML value"),
         (["workload=burst", "seed=x"], "seed must be a whole number"),
+        (["workload=burst", "seed=-1"], "seed must be a whole number"),
         (["workload=file", "path=none.csv"], "workload.path=none.csv: no such file"),
     ],
 )

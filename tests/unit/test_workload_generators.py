@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from common.errors import ConfigError
 from common.rng import stream
 from workloads import Workload, build, from_mapping
 from workloads.config import ServeGen
@@ -221,6 +222,8 @@ def test_servegen_archive(tmp_path) -> None:
 
     with pytest.raises(TraceError, match=r"no pool 'm-tiny'; workload.pool may be: m-mid"):
         make("servegen", **keys | {"pool": "m-tiny"})
+    with pytest.raises(ConfigError, match="requests are expected"):
+        make("servegen", **keys, rate=1e9)
     with pytest.raises(ConfigError, match="no client of m-mid is active then"):
         make("servegen", **keys | {"start_s": 0.0, "duration_s": 600.0})
     with pytest.raises(TraceError, match="replay it with workload=servegen"):
@@ -245,3 +248,10 @@ def test_a_million_requests_are_quick_and_compact() -> None:
     trace = make("poisson", num_requests=1_000_000)
     assert trace.arrival_ns.nbytes + trace.prompt_tokens.nbytes + trace.output_tokens.nbytes == 24_000_000
     assert trace.content is None
+
+
+def test_extreme_scales_are_a_line_or_a_workload() -> None:
+    with pytest.raises(ConfigError, match=r"workload\.speed=1e-300: arrivals reach beyond"):
+        build(from_mapping({"kind": "poisson", "num_requests": 5, "speed": 1e-300}), 0)
+    at_once = build(from_mapping({"kind": "poisson", "num_requests": 3000, "rate_scale": 1e6}), 0)
+    assert len(set(at_once.arrival_ns.tolist())) == 1  # as many copies of the first timestamp as there are requests

@@ -157,6 +157,13 @@ def test_conversations(read) -> None:
     assert trace.arrival_ns[0] >= 0 and trace.arrival_ns[1] == -1
 
 
+def test_messages_without_text_and_in_parts(read) -> None:
+    parts = [{"type": "text", "text": "one two three"}, {"type": "image_url", "image_url": {"url": "a b"}}]
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
+    trace = read(json.dumps([{"messages": chat}]), "chat.json", zero_tokens="clip")
+    assert (trace.prompt_tokens.tolist(), trace.counts["clipped_zero"]) == ([4], 1)
+
+
 def test_gzip_and_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv.gz"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + PLAIN.encode()))
@@ -177,6 +184,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 HEAD = "arrival_s,prompt_tokens,output_tokens\n"
+CHAT = '[{"conversations": [{"from": "human", %s}, {"from": "gpt", %s}]}]'
 GOOD = {"timestamp": 0, "input_length": 4, "output_length": 5, "hash_ids": [1]}
 
 
@@ -195,9 +203,13 @@ GOOD = {"timestamp": 0, "input_length": 4, "output_length": 5, "hash_ids": [1]}
         (HEAD + "1e300,1,1\n", "row 2: arrival_s is '1e300'"),
         (HEAD + "0,1e30,1\n", "row 2: prompt_tokens is '1e30'"),
         (HEAD + "0,1\n", "row 2 has 2 columns where the header has 3"),
+        (HEAD + "0,4,1,\n0,4,1,7\n", "row 3 has 4 columns where the header has 3"),
         (HEAD + "0,-4,1\n", "row 2 has a negative number of tokens"),
         (AZURE + "2023-11-16 18:00:00,1,1\n2023-99-16 18:00:00,1,1\n", "row 3: TIMESTAMP is '2023-99-16 18:00:00'"),
         (AZURE + "2024-05-10 00:00:00+00:00,1,1\n2024-05-10 00:01,1,1\n", "row 3: TIMESTAMP is '2024-05-10 00:01'"),
+        (AZURE + "2023-11-16 18:00:00,1,1\n,1,1\n", "row 3: TIMESTAMP is '', not a date"),
+        (AZURE + "2023-11-16 18:00:00,1,1\ntoday,1,1\n", "row 3: TIMESTAMP is 'today', not a date"),
+        (AZURE + "2023-11-16 18:00:00,1,1\n9999-11-16,1,1\n", "row 3: TIMESTAMP is '9999-11-16', not a date"),
         (AZURE + "1-2,1,1\n", "row 2: TIMESTAMP is '1-2', not a date"),
         (AZURE + "1700000000000,1,1\n1700000000001,1,1\n", "row 2: .* not a time in s; workload.time_unit"),
         (lines(GOOD) + "{oops\n", "row 2: not a JSON object"),
@@ -205,10 +217,17 @@ GOOD = {"timestamp": 0, "input_length": 4, "output_length": 5, "hash_ids": [1]}
         (lines(GOOD, {"timestamp": 0, "input_length": 4}), "row 2 has no 'output_length'"),
         (lines(GOOD | {"hash_ids": ["a"]}), "row 1: hash_ids is not a list of whole numbers"),
         (lines(GOOD | {"input_length": 4.5}), "row 1: input_length is 4.5"),
+        (lines(GOOD | {"input_length": True}), "row 1: input_length is True"),
+        (lines(GOOD | {"chat_id": [1]}), r"row 1: chat_id is \[1\], not an id"),
+        (lines(GOOD | {"chat_id": 1, "parent_chat_id": {}}), "row 1: parent_chat_id is {}, not an id"),
         (lines(GOOD | {"timestamp": 10**400}), "row 1: timestamp"),
         (lines(GOOD | {"input_length": 5000}), "no block size explains its hash_ids; set workload.block_size"),
         (lines({"input_length": 4, "output_length": 5}), "no column for arrival times"),
         ('[{"x": 1}]', "conversation 1 has no list 'conversations'"),
+        (CHAT % ('"tokens": -5', '"tokens": 3'), "conversation 1: tokens is -5, not a number of tokens"),
+        (CHAT % ('"tokens": 3', '"num_tokens": 1e30'), "conversation 1: num_tokens is 1e[+]30"),
+        (CHAT % ('"tokens": 3', '"tokens": true'), "conversation 1: tokens is True"),
+        (CHAT % ('"value": "a"', '"value": 7'), "conversation 1: a message is 7, not text"),
         ("[1,", "not readable as JSON"),
         ("[]", "no conversation has a user message"),
     ],

@@ -32,7 +32,8 @@ def read_conversations(handle: TextIO, file: str, config: File) -> Turns:
     reply: list[int] = []
     num_sessions = 0
     for number, entry in enumerate(data, start=1):
-        turns = list(_turns(_messages(entry, f"{file}, conversation {number}"), config.tokens_per_word))
+        where = f"{file}, conversation {number}"
+        turns = list(_turns(_messages(entry, where), config.tokens_per_word, where))
         for asked, answered in turns:
             session.append(num_sessions)
             user.append(asked)
@@ -57,11 +58,13 @@ def _messages(entry: object, where: str) -> list[tuple[str, dict[str, Any]]]:
     return pairs
 
 
-def _turns(messages: list[tuple[str, dict[str, Any]]], tokens_per_word: float) -> Iterator[tuple[int, int]]:
+def _turns(
+    messages: list[tuple[str, dict[str, Any]]], tokens_per_word: float, where: str
+) -> Iterator[tuple[int, int]]:
     """Everything said since the last reply belongs to the next prompt; a leading reply is left out."""
     waiting, asked = 0, False
     for speaker, message in messages:
-        tokens = _tokens(message, tokens_per_word)
+        tokens = _tokens(message, tokens_per_word, where)
         if speaker in ASSISTANT:
             if asked:
                 yield waiting, tokens
@@ -71,9 +74,19 @@ def _turns(messages: list[tuple[str, dict[str, Any]]], tokens_per_word: float) -
             asked = asked or speaker in USER
 
 
-def _tokens(message: dict[str, Any], tokens_per_word: float) -> int:
+def _tokens(message: dict[str, Any], tokens_per_word: float, where: str) -> int:
     for key in ("tokens", "num_tokens"):
-        if isinstance(message.get(key), int):
-            return int(message[key])
-    text = str(message.get("value", message.get("content", "")))
-    return math.ceil(len(text.split()) * tokens_per_word)
+        if message.get(key) is not None:
+            return _counted(message[key], f"{where}: {key}")
+    text = message.get("value", message.get("content"))
+    if isinstance(text, list):  # of parts, as multimodal chats have: those of text count
+        text = " ".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
+    if text is not None and not isinstance(text, str):
+        raise TraceError(f"{where}: a message is {text!r}, not text")
+    return math.ceil(len((text or "").split()) * tokens_per_word)
+
+
+def _counted(tokens: object, what: str) -> int:
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens < 2**40:
+        raise TraceError(f"{what} is {tokens!r}, not a number of tokens")
+    return tokens

@@ -14,6 +14,7 @@ from workloads.config import File
 from workloads.readers.rows import Rows, columns, from_start, integers, normal, times_ns
 from workloads.types import Ints
 
+FIRST_YEAR, LAST_YEAR = "1678", "2262"  # of 64-bit nanoseconds; as text, which dates begin with
 BATCH = 100_000  # rows held as text at a time: a week of Azure 2024 is tens of millions
 
 
@@ -73,12 +74,14 @@ def _columns(
     rows: list[list[str]], place: Sequence[int], numbers: Sequence[int], file: str, width: int
 ) -> list[list[str]]:
     try:
-        return [list(map(itemgetter(index), rows)) for index in place]
+        found = [list(map(itemgetter(index), rows)) for index in place]
+        # A longer row is shifted somewhere, unless commas at its end are all that there is.
+        wrong = next((i for i, row in enumerate(rows) if len(row) > width and any(row[width:])), None)
     except IndexError:
-        index = next(i for i, row in enumerate(rows) if len(row) <= max(place))
-        raise TraceError(
-            f"{file}, row {numbers[index]} has {len(rows[index])} columns where the header has {width}"
-        ) from None
+        found, wrong = [], next(i for i, row in enumerate(rows) if len(row) <= max(place))
+    if wrong is not None:
+        raise TraceError(f"{file}, row {numbers[wrong]} has {len(rows[wrong])} columns where the header has {width}")
+    return found
 
 
 def _times(values: list[str], numbers: Sequence[int], file: str, column: str, unit: str) -> Ints:
@@ -90,10 +93,14 @@ def _times(values: list[str], numbers: Sequence[int], file: str, column: str, un
     if values[0].endswith("Z") or (values[0][-6:-5] in ("+", "-") and values[0][-3:-2] == ":"):
         dates, shift = _without_zone(values)
     try:
+        if min(dates) < FIRST_YEAR or max(dates) >= LAST_YEAR:
+            raise ValueError
         return np.array(dates, "datetime64[ns]").astype(np.int64) - shift
     except ValueError:
-        index = next(i for i, date in enumerate(dates) if not _is_date(date))
-        raise TraceError(f"{file}, row {numbers[index]}: {column} is {values[index]!r}, not a date and time") from None
+        index = next((i for i, date in enumerate(dates) if not _is_date(date)), None)
+    if index is not None:
+        raise TraceError(f"{file}, row {numbers[index]}: {column} is {values[index]!r}, not a date and time")
+    return np.array(dates, "datetime64[ns]").astype(np.int64) - shift
 
 
 def _without_zone(values: list[str]) -> tuple[list[str], Ints]:
@@ -113,8 +120,10 @@ def _without_zone(values: list[str]) -> tuple[list[str], Ints]:
 
 
 def _is_date(text: str) -> bool:
+    """numpy also knows "today", takes "" for no time at all, and wraps years that nanoseconds do not reach."""
+    text = text.strip()
     try:
-        return bool(np.datetime64(text, "ns") == np.datetime64(text, "ns"))
+        return FIRST_YEAR <= text < LAST_YEAR and bool(np.datetime64(text, "ns") == np.datetime64(text, "ns"))
     except ValueError:
         return False
 

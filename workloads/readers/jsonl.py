@@ -82,6 +82,9 @@ def _chats(records: list[Record], numbers: Sequence[int], file: str) -> tuple[In
     num_sessions = 0
     chats = _column(records, numbers, file, "chat_id")
     for index, record in enumerate(records):
+        for name in ("chat_id", "parent_chat_id"):
+            if isinstance(record.get(name), list | dict):
+                raise TraceError(f"{file}, row {numbers[index]}: {name} is {record[name]!r}, not an id")
         before = row_of.get(record.get("parent_chat_id", -1))
         if before is None:
             session[index] = num_sessions

@@ -107,7 +107,7 @@ def integers(values: Sequence[object], numbers: Sequence[int], file: str, column
         pass
     out = np.empty(len(values), np.int64)
     for index, value in enumerate(values):
-        number = _number(value)
+        number = None if isinstance(value, bool) else _number(value)
         if number is None or number != int(number) or abs(number) > 2**62:
             raise TraceError(f"{file}, row {numbers[index]}: {column} is {value!r}, not a number of tokens")
         out[index] = int(number)
