@@ -63,19 +63,40 @@ def test_a_system_on_workers(name: str, tmp_path: Path) -> None:
     check(TOLD[name], tmp_path / "events.jsonl")
 
 
+SLICED = {  # on four workers: overrides, and what happens there
+    "kunserve": ((), STORIES["kunserve"].happened),
+    "infinite_llm": (("engine.kv_blocks=20",), STORIES["infinite_llm"].happened),
+    "memserve": ((), ("copy",)),  # this trace says nothing of content that is shared
+    "mell": ((), ("copy",)),
+}
+
+
 @pytest.mark.skipif(not HAVE_TRACES, reason="the traces are not in $KVPLANE_DATA (docs/workloads.md)")
-@pytest.mark.parametrize("trace", SLICES if NIGHTLY else ["azure_conv"])
-@pytest.mark.parametrize("name", TOLD if NIGHTLY else STORIES)
-def test_a_system_on_a_slice_of_a_real_trace(name: str, trace: str, tmp_path: Path) -> None:
-    """Requests, their lengths (a tenth) and their gaps (ten times as fast) are the trace's."""
+@pytest.mark.parametrize("name", STORIES)
+def test_a_system_on_a_slice_of_a_real_trace(name: str, tmp_path: Path) -> None:
+    """Four workers. Requests, their lengths (a tenth) and their gaps (80 times as fast) are the trace's."""
+    (more, happened), story = SLICED[name], STORIES[name]
+    check(Story(story.system, 4, (*sliced(story, "azure_conv", 80, 40), *more), happened), tmp_path / "events.jsonl")
+
+
+@pytest.mark.skipif(not (HAVE_TRACES and NIGHTLY), reason="make nightly, and the traces (docs/workloads.md)")
+@pytest.mark.parametrize("trace", SLICES)
+@pytest.mark.parametrize("name", TOLD)
+def test_all_on_slices_of_real_traces(name: str, trace: str, tmp_path: Path) -> None:
+    """As many workers as in their stories, and ten times as fast."""
     story = TOLD[name]
-    kept = [one for one in story.overrides if not one.startswith("workload")]
-    slice_of = ("workload=file", f"workload.path={trace}", SLICES[trace], "workload.length_scale=0.1",
-                "workload.speed=10", "workload.num_requests=24")  # fmt: skip
-    assert COMMON[-1].startswith("engine.max_model_len")
     fits = name == "infinite_llm" or (trace == "azure_conv" and name in STORIES)
     room = () if fits else ("engine.kv_blocks=80",)  # where a prompt must fit in one instance's KV
-    check(Story(story.system, story.instances, (*slice_of, *kept, *room)), tmp_path / "events.jsonl")
+    overrides = (*sliced(story, trace, 10, 24), *room)
+    check(Story(story.system, story.instances, overrides), tmp_path / "events.jsonl")
+
+
+def sliced(story: Story, trace: str, speed: int, num_requests: int) -> tuple[str, ...]:
+    """A story's overrides with a slice of a trace for its workload."""
+    assert COMMON[-1].startswith("engine.max_model_len")
+    kept = [one for one in story.overrides if not one.startswith("workload")]
+    return ("workload=file", f"workload.path={trace}", SLICES[trace], "workload.length_scale=0.1",
+            f"workload.speed={speed}", f"workload.num_requests={num_requests}", *kept)  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
