@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import ConfigError, KVPlaneError
+from common.log import LOG, PARTIAL
 from common.runs import LoadedRun, load_run
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run_folders(path: Path) -> list[Path]:
 
 def _was_run(folder: Path) -> bool:
     """Any file of a run, the traceback of one that failed, or nothing at all (then it is to be named, not skipped)."""
-    if any((folder / name).exists() for name in (*FILES, "config.yaml", "traceback.txt")):
+    if any((folder / name).exists() for name in (*FILES, "config.yaml", "traceback.txt", LOG, LOG + PARTIAL)):
         return True
     return not folder.name.startswith(".") and not any(folder.iterdir())
 

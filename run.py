@@ -157,14 +157,15 @@ def _sample_ns(config: RunConfig, workload: Any) -> int:
 
 
 @contextmanager
-def _recorded(config: RunConfig, executor: Executor) -> Iterator[Executor]:
+def _recorded(config: RunConfig, executor: SimExecutor) -> Iterator[Executor]:
     """The executor, seen through events.jsonl when log.events asks for it."""
     if not config.log.events:
         yield executor
         return
-    from common.log import LogFile, Recorder
+    from common.log import LOG, LogFile, Recorder
 
-    with LogFile(Path(config.run.results) / config.run_name / "events.jsonl", config.runtime.name == "dist") as log:
+    path, at_once = Path(config.run.results) / config.run_name / LOG, config.runtime.name == "dist"
+    with LogFile(path, at_once, executor.cluster.info()) as log:
         yield Recorder(executor, log.append)
 
 
@@ -218,13 +219,14 @@ def execute(config: RunConfig, quiet: bool = False) -> Outcome:
         raise ConfigError(f"runtime={config.runtime.name} is not built yet; use runtime=sim, local or dist")
     if config.log.outputs and config.runtime.name == "sim":
         raise ConfigError("log.outputs=true: runtime=sim makes no tokens; use runtime=local or dist")
-    folder = RunFolder.create(config.run.results, config.run_name)
     begin = time.perf_counter()
     workload = build(within_window(config.workload, config.engine.max_model_len), config.seed)
     if not workload.num_requests:
         raise ConfigError(f"workload={config.workload_name} has no requests: {dict(workload.counts)}")
     workload = served(workload, config.engine.max_model_len)
     workload_s = time.perf_counter() - begin
+    executor_type(config)  # a run that cannot begin takes no older run's place
+    folder = RunFolder.create(config.run.results, config.run_name, config.yaml)
     done = replay(config, workload)
     try:
         summary, manifest = _write(config, folder, workload, done, workload_s)
@@ -260,7 +262,7 @@ def _write(
         "partial": record.partial,
         "stopped": record.stopped,
     }
-    manifest = folder.write(record, config_yaml=config.yaml, summary=summary, facts=facts, simulate_s=done.seconds,
+    manifest = folder.write(record, summary=summary, facts=facts, simulate_s=done.seconds,
                             log_segments=config.log.segments, outputs=_outputs(config, done.executor))  # fmt: skip
     return summary, manifest
 

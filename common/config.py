@@ -197,6 +197,24 @@ def _check_experiment(name: str | None, folders: Sequence[str]) -> None:
         raise ConfigError(f"experiment={name}: unknown experiment; choose one of: {', '.join(available('experiment'))}")
 
 
+def of_run(folder: Path) -> RunConfig:
+    """The configuration of a run, from what it left in its folder. ConfigError where this version has no such one."""
+    import yaml
+
+    path = folder / "config.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise ConfigError("not a mapping")
+        return build(tree, {})
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ConfigError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}: no configuration of this version ({error!r:.200})") from error
+
+
 def _log_options(tree: Mapping[str, Any], runtime: str) -> LogOptions:
     """What a run of real processes did cannot be had by running it again: its events are logged unless told not to."""
     chosen = {**tree, "events": runtime == "dist" if tree["events"] is None else tree["events"]}

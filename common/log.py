@@ -2,9 +2,11 @@
 
 A log of a run, real or simulated, can be replayed (`common.executors.replay`): the same policy must give the same
 commands. A file is streamed under a temporary name and gets its own when it is complete; its last line counts the
-others, so a log cut short is noticed.
+others, so a log cut short is noticed. Its first line holds the cluster as the policy was told of it, which on real
+tensors depends on the machine: so any other machine can make the same policy anew.
 
-Lines: `{"at": ns, "event": value}`, `{"command": value}`, at the end `{"events": n, "commands": m}`. A value is a
+Lines: at the head `{"log": version, "cluster": value}`, then `{"at": ns, "event": value}` and `{"command": value}`, at
+the end `{"events": n, "commands": m}` (a log made without a cluster has no head). A value is a
 JSON scalar, a list (a tuple), or an object with one key that names its type: `{"Span": [fields]}`, `{"Tier": "hbm"}`,
 `{"list": [..]}`, `{"dict": [[key, value], ..]}`. So what is read back equals what was written, types included.
 """
@@ -21,8 +23,11 @@ from typing import Any, NamedTuple, Self, TextIO
 from common import types as vocabulary
 from common.errors import ConfigError, ContractError, TraceError
 from common.policy import Executor
-from common.types import Command, Event
+from common.types import ClusterInfo, Command, Event
 
+VERSION = 1  # of the lines; what the vocabulary holds is checked line by line
+LOG = "events.jsonl"  # in a run's folder
+OTHER = "another version of this code"
 PARTIAL = ".partial"  # suffix of a log that is still being written, or never was completed
 _TYPES: dict[str, type] = {}
 
@@ -96,10 +101,10 @@ def decode(value: Any) -> Any:
     if name == "dict":
         return {decode(key): decode(item) for key, item in content}
     if kind is None:
-        raise ValueError(f"unknown type {name!r}")
+        raise ValueError(f"unknown type {name!r} (of {OTHER}?)")
     fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
     if len(content) != len(fields):
-        raise ValueError(f"{name} with {len(content)} of {len(fields)} fields")
+        raise ValueError(f"{name} with {len(content)} of {len(fields)} fields (of {OTHER}?)")
     return kind(*[decode(item) for item in content])
 
 
@@ -121,7 +126,7 @@ class LogFile:
     """A log being written; use it in a `with`. After an error the lines so far stay in `<path>.partial`. With
     `at_once` each line is the operating system's before the next is written, so it outlives this process."""
 
-    def __init__(self, path: str | Path, at_once: bool = False) -> None:
+    def __init__(self, path: str | Path, at_once: bool = False, cluster: ClusterInfo | None = None) -> None:
         self.path = Path(path)
         self.partial_path = self.path.with_name(self.path.name + PARTIAL)
         self._counts = {"events": 0, "commands": 0}
@@ -129,6 +134,8 @@ class LogFile:
             self._file: TextIO = self.partial_path.open("w", 1 if at_once else -1, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{self.partial_path}: cannot write the log ({error.strerror})") from error
+        if cluster is not None:
+            self._file.write(_dumps({"log": VERSION, "cluster": encode(cluster)}) + "\n")
 
     def append(self, line: Line) -> None:
         """Write one line (without `at_once` it reaches the disk by and by)."""
@@ -172,6 +179,12 @@ class Recorder:
 # ---------------------------------------------------------------- reading
 
 
+def find_log(folder: str | Path) -> Path | None:
+    """The log in a run's folder: the complete one, else what a run that did not complete has left of it."""
+    found = (Path(folder) / name for name in (LOG, LOG + PARTIAL))
+    return next((path for path in found if path.is_file()), None)
+
+
 def read_log(path: str | Path, partial: bool = False) -> Iterator[Line]:
     """The lines of a log, one by one. TraceError names file and line of whatever is broken.
 
@@ -184,6 +197,9 @@ def read_log(path: str | Path, partial: bool = False) -> Iterator[Line]:
         with path.open(encoding="utf-8") as file:
             for number, text in enumerate(file, 1):
                 value = _parse(path, number, text, partial)
+                if number == 1 and value is not None and "log" in value:
+                    _check_head(path, value)
+                    continue
                 if value is None or "events" in value:
                     _check_end(path, number, value, counts, file)
                     return
@@ -196,6 +212,37 @@ def read_log(path: str | Path, partial: bool = False) -> Iterator[Line]:
         raise TraceError(f"{path}: cannot read the log ({error.strerror})") from error
     if not partial:
         raise TraceError(f"{path}:{number + 1}: the log ends without its last line (was the run interrupted?)")
+
+
+def read_cluster(path: str | Path) -> ClusterInfo:
+    """The cluster that a log's policy was told of. TraceError where the log has none that this code can read."""
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.readline()
+    except UnicodeDecodeError as error:
+        raise TraceError(f"{path}:1: not text ({error.reason})") from error
+    except OSError as error:
+        raise TraceError(f"{path}: cannot read the log ({error.strerror})") from error
+    if not text.endswith("\n"):
+        raise TraceError(f"{path}:1: the log ends within its first line")
+    value = _parse(path, 1, text, False)
+    assert value is not None
+    if "log" not in value:
+        raise TraceError(f"{path}:1: the log does not begin with its cluster: it is of {OTHER}")
+    _check_head(path, value)
+    try:
+        cluster = decode(value.get("cluster"))
+    except (ValueError, TypeError) as error:
+        raise TraceError(f"{path}:1: {error}: the log is of {OTHER}") from error
+    if not isinstance(cluster, ClusterInfo):
+        raise TraceError(f"{path}:1: the log does not begin with its cluster")
+    return cluster
+
+
+def _check_head(path: Path, value: dict[str, Any]) -> None:
+    if value["log"] != VERSION:
+        raise TraceError(f"{path}:1: the log is of {OTHER} (its lines are of version {value['log']!r}, not {VERSION})")
 
 
 def _parse(path: Path, number: int, text: str, partial: bool) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import ConfigError
+from common.log import LOG, PARTIAL
 from common.metrics import Ints, Requests, as_numpy, num_up
 from common.predictions import Prediction, predictions
 from common.provenance import git_state, package_versions, runtime_label
@@ -35,7 +36,8 @@ __all__ = ["LoadedRun", "RunFolder", "load_run", "replacing"]
 STATUS_NAMES = tuple(status.name.lower() for status in sorted(RequestStatus))
 TABLES = ("requests", "timeline", "segments", "moves", "marks", "stalls", "stages", "remaps", "serving",
           "predictions")
-OWN_FILES = ("config.yaml", "summary.json", "trace.json", "outputs.jsonl", *(f"{name}.parquet" for name in TABLES))
+OWN_FILES = ("config.yaml", "summary.json", "trace.json", "outputs.jsonl", "traceback.txt", LOG, LOG + PARTIAL,
+             *(f"{name}.parquet" for name in TABLES))  # fmt: skip
 FIGURES = ("overview", "latency_cdf", "instances")
 
 
@@ -47,42 +49,43 @@ class RunFolder:
         self._started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
     @classmethod
-    def create(cls, results_root: str | Path, name: str, overwrite: bool = True) -> RunFolder:
-        """Make the folder or take it over: its old manifest goes now, its other files once there are new.
+    def create(cls, results_root: str | Path, name: str, config_yaml: str, overwrite: bool = True) -> RunFolder:
+        """Make the folder, with the configuration in it, or take it over: what an older run left there goes.
 
-        Call it before the run, so that a folder that cannot be written stops it at once (ConfigError).
+        Call it before the run, so that a folder that cannot be written stops it at once (ConfigError), and one whose
+        process was killed says which run it was. Nothing of an older run may lie beside this run's configuration.
         """
         path = Path(results_root) / _checked_name(name)
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not overwrite and (path / MANIFEST).exists():
                 raise ConfigError(f"run.name={name}: {path} holds a finished run; choose another name")
-            (path / MANIFEST).unlink(missing_ok=True)
-            with tempfile.TemporaryFile(dir=path):
+            folder = cls(path)
+            with tempfile.TemporaryFile(dir=path):  # before anything goes
                 pass
+            folder._remove_older()
+            folder.write_text("config.yaml", config_yaml)
         except OSError as error:
             raise _unwritable(path, error) from error
-        return cls(path)
+        return folder
 
     def write(
         self,
         record: RunRecord,
         *,
-        config_yaml: str,
         summary: Mapping[str, Any],
         facts: Mapping[str, Any],
         simulate_s: float,
         log_segments: bool = False,
         outputs: str | None = None,
     ) -> dict[str, Any]:
-        """Write tables, config, summary and at last the manifest, which is returned.
+        """Write tables, summary and at last the manifest, which is returned.
 
         `facts` go into the manifest as they are: at least system, workload, model, hardware, runtime, seed.
         `wall_seconds` there is `simulate_s` plus the time that the two Parquet files took (`write_s`).
         """
         _preload()
         with self._user_errors():
-            self._remove_stale()
             begin = time.perf_counter()
             self.write_table("requests", requests_columns(record))
             self.write_table("timeline", timeline_columns(record))
@@ -91,7 +94,6 @@ class RunFolder:
                 self.write_table(table, columns)
             if outputs is not None:
                 self.write_text("outputs.jsonl", outputs)
-            self.write_text("config.yaml", config_yaml)
             self.write_text("summary.json", _json(summary))
             manifest = _manifest(record, facts, self._started_at, simulate_s, write_s)
             self.write_text(MANIFEST, _json(manifest))
@@ -115,7 +117,8 @@ class RunFolder:
         with replacing(self.path / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    def _remove_stale(self) -> None:
+    def _remove_older(self) -> None:
+        """The manifest first: without one a folder is nobody's finished run."""
         figures = [f"{stem}.{kind}" for stem in FIGURES for kind in ("png", "pdf")]
         for name in (MANIFEST, *OWN_FILES, *figures):
             (self.path / name).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import ConfigError
+from common.log import find_log
 from common.provenance import label
 
 MANIFEST = "manifest.json"
@@ -59,11 +60,13 @@ def load_run(path: str | Path) -> LoadedRun:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such results folder")
     if not any((folder / name).exists() for name in (MANIFEST, "summary.json", "requests.parquet", "timeline.parquet")):
-        raise ConfigError(f"{folder}: not a run (no manifest, summary, requests or timeline in it)")
+        raise ConfigError(f"{folder}: {_without_results(folder)}")
     problems: list[str] = []
     manifest = _mappings(MANIFEST, _read(folder / MANIFEST, _read_json, problems), problems)
     if manifest.get("partial"):
         problems.append("the run was interrupted, its results are partial")
+    if find_log(folder) and manifest.get("partial", True):
+        problems.append(_use_of_log(folder))
     return LoadedRun(
         folder,
         config=_mappings("config.yaml", _read(folder / "config.yaml", _read_yaml, problems), problems),
@@ -74,6 +77,23 @@ def load_run(path: str | Path) -> LoadedRun:
         marks=_read(folder / "marks.parquet", read_columns, problems) if (folder / "marks.parquet").exists() else {},
         problems=tuple(problems),
     )
+
+
+def _without_results(folder: Path) -> str:
+    """What a folder with neither tables nor a manifest is, and what can still be done with it."""
+    config = _read(folder / "config.yaml", _read_yaml, [])
+    if not config and not find_log(folder):
+        return "not a run (no manifest, summary, requests or timeline in it)"
+    names = [(key, config[key].get("name")) for key in ("system", "runtime") if isinstance(config.get(key), dict)]
+    known = [f"{key}={value}" for key, value in (*names, ("seed", config.get("seed"))) if value is not None]
+    left = f"; {_use_of_log(folder)}" if find_log(folder) else " and has left no log of its events"
+    return f"the run did not complete ({', '.join(known) or 'config.yaml is missing'}){left}"
+
+
+def _use_of_log(folder: Path) -> str:
+    log = find_log(folder)
+    assert log is not None
+    return f"{log.name} has its events and commands so far: python -m bench.replay {folder}"
 
 
 def _read(path: Path, reader: Callable[[Path], dict[str, Any]], problems: list[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -310,5 +310,6 @@ def _one_line(error: Exception) -> str:
 def _keep_traceback(composed: Any) -> None:
     """Where a bug of ours was raised goes into the job's folder, not onto the screen."""
     folder = Path(str(composed.run.results)) / str(composed.run.name)
-    if folder.is_dir():
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")

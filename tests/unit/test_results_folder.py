@@ -19,6 +19,7 @@ from common.record import MoveColumns, RunRecord
 from common.results import RunFolder, load_run, moved_bytes, replacing
 from common.types import RequestStatus
 
+CONFIG = "seed: 0\n"
 FACTS = {
     "system": "vllm",
     "workload": "burst",
@@ -30,9 +31,9 @@ FACTS = {
 
 
 def write(root: Path, record: RunRecord, name: str = "run", **options: Any) -> Path:
-    folder = RunFolder.create(root, name)
+    folder = RunFolder.create(root, name, CONFIG)
     summary = summarize(record, Slo(500, 50))
-    folder.write(record, config_yaml="seed: 0\n", summary=summary, facts=FACTS, simulate_s=0.1, **options)
+    folder.write(record, summary=summary, facts=FACTS, simulate_s=0.1, **options)
     return folder.path
 
 
@@ -83,27 +84,30 @@ def test_a_folder_is_replaced_and_never_complete_while_unfinished(tmp_path: Path
     path = write(tmp_path, synthetic_record(20), log_segments=True)
     assert (path / "segments.parquet").exists()
     (path / "mine.txt").write_text("kept")
-    RunFolder.create(tmp_path, "run")  # a new run begins, and dies
-    assert not (path / "manifest.json").exists()
-    assert "the run did not complete" in (load_run(path).warning or "")
+    for name in ("events.jsonl", "events.jsonl.partial"):
+        (path / name).write_text("")
+    RunFolder.create(tmp_path, "run", "seed: 1\n")  # a new run begins, and dies
+    assert {file.name: file.read_text() for file in path.iterdir()} == {"config.yaml": "seed: 1\n", "mine.txt": "kept"}
+    with pytest.raises(ConfigError, match="run: the run did not complete"):
+        load_run(path)
     write(tmp_path, synthetic_record(20))
     assert not (path / "segments.parquet").exists()
     assert (path / "mine.txt").exists()
     assert load_run(path).warning is None
     with pytest.raises(ConfigError, match="holds a finished run"):
-        RunFolder.create(tmp_path, "run", overwrite=False)
+        RunFolder.create(tmp_path, "run", CONFIG, overwrite=False)
 
 
 @pytest.mark.parametrize("name", ["", "..", "/abs", "a/../../b", "."])
 def test_a_run_name_stays_inside_the_results_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="plain folder name"):
-        RunFolder.create(tmp_path, name)
+        RunFolder.create(tmp_path, name, CONFIG)
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"results folder .*file/run cannot be written \(.*\): choose") as caught:
-        RunFolder.create(tmp_path / "file", "run")
+        RunFolder.create(tmp_path / "file", "run", CONFIG)
     assert "\n" not in str(caught.value)
 
 
@@ -111,10 +115,13 @@ def test_a_failed_write_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    folder = RunFolder.create(tmp_path, "run")
+    folder = RunFolder.create(tmp_path, "run", CONFIG)
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(ConfigError, match="No space left on device"):
-        folder.write(synthetic_record(5), config_yaml="", summary={}, facts=FACTS, simulate_s=0.0)
+        folder.write(synthetic_record(5), summary={}, facts=FACTS, simulate_s=0.0)
+    assert [file.name for file in folder.path.iterdir()] == ["config.yaml"]
+    with pytest.raises(ConfigError, match="No space left on device"):
+        RunFolder.create(tmp_path, "run", "seed: 1\n")
     assert list(folder.path.iterdir()) == []
 
 
