@@ -96,7 +96,7 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
 
     KeyboardInterrupt leaves a record marked partial.
     """
-    from common.console import Progress
+    from common.console import Progress, stalled
     from common.driver import drive
     from common.record import RequestColumns, RunRecord
     from systems.registry import make_policy
@@ -119,9 +119,9 @@ def replay(config: RunConfig, workload: Any) -> Replayed:
         record.partial, record.stopped = True, "interrupted"
         executor.abandon()
     except Stalled as error:  # every instance lost, or a policy that lost its requests: what there is, is written
-        record.partial, record.stopped = True, str(error)
         executor.abandon()
-        print(f"warning: the run stopped early: {error}", file=sys.stderr)
+        record.partial, record.stopped = True, stalled(error, executor.report().get("lost_workers", {}))
+        print(f"warning: the run stopped early: {record.stopped}", file=sys.stderr)
     except BaseException:
         executor.close()
         raise
@@ -325,10 +325,12 @@ def _present(
 
         log_run(config.logger, path, options=config.logger_options)
     if not quiet:
-        from common.console import refusals, summary_table
+        from common.console import lost_workers, refusals, summary_table
 
         print(summary_table(summary, config.run_name, config.runtime.name, manifest))
         for line in refusals(record.requests.reasons.values()):
+            print(line)
+        for line in lost_workers(manifest.get("engine", {}).get("lost_workers", {}), summary):
             print(line)
         if "engine" in manifest:
             print("engine: " + ", ".join(f"{key} {value}" for key, value in manifest["engine"].items()

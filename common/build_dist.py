@@ -36,8 +36,13 @@ def check(config: RunConfig) -> None:
         raise ConfigError("runtime.graphs=on: runtime=dist runs eagerly; use runtime.graphs=off")
     if config.system_options.get("cpu_share"):
         raise ConfigError("system.cpu_share: runtime=dist does not attend to KV in host memory; use 0")
-    if runtime.backend == "nccl" and runtime.device == "cpu":
-        raise ConfigError("runtime.backend=nccl needs a GPU per worker; use runtime.backend=gloo on a CPU")
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """ConfigError where workers could not talk: they would all be lost, one after the other. `device`: as chosen."""
+    if backend == "nccl" and device.type != "cuda":
+        raise ConfigError(f"runtime.backend=nccl needs a GPU per worker, and this run's device is {device.type}; "
+                          "use runtime.backend=gloo")  # fmt: skip
 
 
 def dist_executor(
@@ -46,6 +51,7 @@ def dist_executor(
     """An executor with its workers, which it ends when it is closed; or with those of a hub, which stay."""
     check(config)
     runtime, choice = config.runtime, choose_device(config)
+    check_backend(runtime.backend, choice.device)
     torch.set_num_threads(runtime.threads)
     spec = decoder_spec(config, choice.dtype)
     cluster = local_cluster(config, spec)

@@ -101,6 +101,23 @@ def refusals(reasons: Iterable[str], most: int = 3) -> list[str]:
     return lines + ([f"rejected: {rest:,} for other reasons (requests.parquet: reject_reason)"] if rest else [])
 
 
+def lost_workers(lost: Mapping[str, str], summary: Summary) -> list[str]:
+    """A line for each instance whose worker was lost, and one on the requests that ran there."""
+    if not lost:
+        return []
+    lines = [f"worker of instance {instance} was lost: {how}" for instance, how in lost.items()]
+    anew, live = summary.get("num_lost_stalls") or 0, summary.get("live_at_end") or 0
+    what = [f"{anew:,} running requests lost their KV by that and were computed anew"] if anew else []
+    what += [f"{live:,} requests were left unfinished"] if live else []
+    return [*lines, "; ".join(what) or "no running request lost its KV by that"]
+
+
+def stalled(error: Exception, lost: Mapping[str, str]) -> str:
+    """Why a run stalled, and the workers that are missing."""
+    gone = ", ".join(f"{instance} ({how})" for instance, how in lost.items())
+    return f"{error}; lost workers, by instance: {gone}" if gone else str(error)
+
+
 def _mechanism_rows(f: Callable[..., str], summary: Summary) -> list[str]:
     """What moving, remapping and pipelining cost; nothing where there was none of it."""
     rows = []

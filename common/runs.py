@@ -64,7 +64,9 @@ def load_run(path: str | Path) -> LoadedRun:
     problems: list[str] = []
     manifest = _mappings(MANIFEST, _read(folder / MANIFEST, _read_json, problems), problems)
     if manifest.get("partial"):
-        problems.append("the run was interrupted, its results are partial")
+        why = manifest.get("stopped") or "interrupted"
+        how = "was interrupted" if why == "interrupted" else f"stopped early ({why})"
+        problems.append(f"the run {how}, its results are partial")
     if find_log(folder) and manifest.get("partial", True):
         problems.append(_use_of_log(folder))
     return LoadedRun(
