@@ -8,10 +8,11 @@ INSTALL = test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 # Real tensors need torch (half a gigabyte and more); the simulator does not.
 NEEDS := $(if $(or $(findstring runtime=local,$(ARGS)),$(findstring runtime=dist,$(ARGS))),setup-engine,setup)
 
-.PHONY: setup setup-engine run test lint nightly clean
+.PHONY: setup setup-engine setup-nightly run test lint nightly clean
 
 setup: $(VENV)/.stamp
 setup-engine: $(VENV)/.stamp-engine
+setup-nightly: $(VENV)/.stamp-nightly
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(INSTALL) .
@@ -20,6 +21,11 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 $(VENV)/.stamp-engine: pyproject.toml constraints.txt
 	$(INSTALL) '.[dev,engine,exact]'
 	touch $@ $(VENV)/.stamp
+
+# And Ray, without which its tests are skipped.
+$(VENV)/.stamp-nightly: pyproject.toml constraints.txt
+	$(INSTALL) '.[dev,engine,exact,dist]'
+	touch $@ $(VENV)/.stamp $(VENV)/.stamp-engine
 
 run: $(NEEDS)
 	$(BIN)/python run.py $(ARGS)
@@ -31,7 +37,7 @@ lint: setup-engine
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-nightly: setup-engine
+nightly: setup-nightly
 	KVPLANE_NIGHTLY=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:

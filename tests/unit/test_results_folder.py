@@ -141,6 +141,11 @@ def test_a_partial_run_is_readable_and_says_so(tmp_path: Path) -> None:
     assert run.label == "simulated, partial"
     assert "partial" in (run.warning or "")
     assert (run.requests["status"] == "live").sum() == 1
+    stalled = json.loads((run.path / "manifest.json").read_text()) | {"stopped": "1 request lives"}
+    (run.path / "manifest.json").write_text(json.dumps(stalled))
+    (run.path / "events.jsonl.partial").touch()
+    warning = load_run(run.path).warning or ""
+    assert "the run stopped early (1 request lives), its results are partial; events.jsonl.partial has" in warning
 
 
 def test_damage_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
