@@ -98,6 +98,7 @@ def test_only_config_and_entry_points_know_hydra():
 SIM_PATH = (
     "common.driver", "common.log", "common.executors.sim", "common.executors.replay", "common.metrics",
     "common.results", "common.config", "systems.baselines.vllm", "workloads.build", "run",
+    "bench.replay",
 )  # fmt: skip
 
 
