@@ -1,0 +1,55 @@
+"""What asks a CUDA device for something it would refuse, found without one: the contract walks over `pretend_cuda`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from common.kernels import cache
+from tests.contract.runtimes import walk_local
+from tests.contract.test_walks import WALKS, check_books
+from tests.engine.pretend_cuda import pretended
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_walks_ask_nothing_that_a_device_refuses(name, monkeypatch):
+    with pretended(monkeypatch) as driver:
+        outcome = walk_local(WALKS[name].WALK, 1, graphs="on", device="cuda", attention="torch")
+    check_books(outcome)
+    WALKS[name].check(outcome)
+    assert outcome.graphs.replays > 0
+    driver.assert_nothing_left()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("graphs", ["off", "on"])
+@pytest.mark.parametrize("name", WALKS)
+def test_walks_on_the_gpu(name, graphs):
+    outcome = walk_local(WALKS[name].WALK, 1, graphs=graphs, device="cuda")
+    check_books(outcome)
+    WALKS[name].check(outcome)
+
+
+def test_the_pretended_device_minds_where_tensors_are(monkeypatch):
+    with pretended(monkeypatch):
+        there, here = torch.ones(4, 4, device="cuda"), torch.ones(4, 4)
+        index = torch.tensor([1])
+        for act in (lambda: there + here, lambda: there.index_select(0, index), lambda: here[index.to("cuda")],
+                    lambda: there.numpy(), lambda: np.asarray(there)):  # fmt: skip
+            with pytest.raises((RuntimeError, TypeError)):
+                act()
+        assert there[index].is_cuda and not there.cpu().is_cuda and not there.to("cpu").is_cuda
+        assert (there * 2).view(-1).is_cuda and here.to("cuda").is_cuda and not here.copy_(there).is_cuda
+
+
+@pytest.mark.parametrize("to_host", [False, True])
+def test_cells_are_copied_by_ids_from_the_host(to_host, monkeypatch):
+    with pretended(monkeypatch):
+        source = torch.arange(6.0, device="cuda")[:, None, None, None, None].expand(6, 2, 4, 1, 2).contiguous()
+        goal = torch.zeros(5, 2, 4, 1, 2, device="cpu" if to_host else "cuda")
+        cache.copy_cells(source, torch.tensor([4, 1]), goal, torch.tensor([0, 3]))
+        assert goal[:, 0, 0, 0, 0].tolist() == [4, 0, 0, 1, 0]
