@@ -120,7 +120,7 @@ class Runner:
         self.clock: Callable[[], float] = time.perf_counter  # seconds; benchmarks may count CPU time instead
         device = decoder.device
         self.embedding = source.embedding().to(device)
-        self.head = Head(source.head().to(device))
+        self.head = Head(self.embedding if decoder.spec.tied else source.head().to(device))
         self.norm = source.final_norm().to(device)
         self.overlaps = device.type == "cuda"  # does the device compute while the host goes on?
         self.graphs = make_graphs(self, graphs, max_len or decoder.spec.max_position)

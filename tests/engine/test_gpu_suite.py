@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 import torch
 
 from bench import gpu_suite
+from bench.iterations import Engine, Shape
 from bench.suite import TOY, Context, Section, Work, paged
 from bench.suite_kernels import error, plain, truth
+from common.engine import runner
+from tests.engine.worlds import tiny_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
@@ -24,6 +28,39 @@ def test_a_section_finds_nothing_wrong_on_a_cpu(name):
         section = gpu_suite.section_named(name)(Context(torch.device("cpu"), TOY))
     assert section.failed == []
     assert section.notes or all(section.tables.values())
+
+
+WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("hypothesis", "transformers", "safetensors", "hydra", "pandas", "matplotlib"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_tests_for_the_gpu_need_torch_and_pytest_alone(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+                   "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # fmt: skip
+    files = gpu_suite.gpu_test_files()
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--collect-only", *files]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {Path(file).name for file in files} >= {"test_triton.py", "test_arena_cuda.py", "test_graphs.py",
+                                                   "test_pretended_cuda.py"}  # fmt: skip
+
+
+def test_each_timed_iteration_is_planned_anew(monkeypatch):
+    shape, planned = Shape(0, 0, 0, 2, 20), []
+    world = Engine(tiny_spec(), torch.device("cpu"), shape.kv_blocks)
+    make = runner.plan_band
+    monkeypatch.setattr(runner, "plan_band", lambda *args: planned.append(1) or make(*args))
+    assert world.seconds(shape, 3, 0.0) > 0 and len(planned) == 2 + 3
+    world.close()
 
 
 def test_plain_attention_is_near_the_truth_and_wrong_answers_are_not():

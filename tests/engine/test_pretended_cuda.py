@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from common.kernels import cache
 from tests.contract.runtimes import walk_local
 from tests.contract.test_walks import WALKS, check_books
 from tests.engine.pretend_cuda import pretended
+from tests.engine.worlds import tiny_spec, tiny_world
+from tests.fakes import cluster
 
 torch.set_num_threads(1)
 
@@ -26,10 +30,9 @@ def test_walks_ask_nothing_that_a_device_refuses(name, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("graphs", ["off", "on"])
 @pytest.mark.parametrize("name", WALKS)
-def test_walks_on_the_gpu(name, graphs):
-    outcome = walk_local(WALKS[name].WALK, 1, graphs=graphs, device="cuda")
+def test_walks_on_the_gpu(name):
+    outcome = walk_local(WALKS[name].WALK, 1, graphs="on", device="cuda")
     check_books(outcome)
     WALKS[name].check(outcome)
 
@@ -44,6 +47,15 @@ def test_the_pretended_device_minds_where_tensors_are(monkeypatch):
                 act()
         assert there[index].is_cuda and not there.cpu().is_cuda and not there.to("cpu").is_cuda
         assert (there * 2).view(-1).is_cuda and here.to("cuda").is_cuda and not here.copy_(there).is_cuda
+
+
+def test_tied_tables_are_on_a_device_once(monkeypatch):
+    with pretended(monkeypatch):
+        model = cluster(1, 8, 4, 16)
+        shared = tiny_world(model, tiny_spec(), device="cuda", attention="torch").runner
+        apart = tiny_world(model, replace(tiny_spec(), tied=False), device="cuda", attention="torch").runner
+    tables = [(runner.head._panels[0].data_ptr(), runner.embedding.data_ptr()) for runner in (shared, apart)]
+    assert tables[0][0] == tables[0][1] and tables[1][0] != tables[1][1]
 
 
 @pytest.mark.parametrize("to_host", [False, True])
