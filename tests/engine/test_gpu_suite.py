@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ import torch
 from bench import gpu_suite
 from bench.iterations import Engine, Shape
 from bench.suite import TOY, Context, Section, Work, paged
-from bench.suite_kernels import error, plain, truth
+from bench.suite_attention import as_blocks, attention
+from bench.suite_kernels import error, kernels, plain, truth
+from bench.suite_rivals import flashinfer
 from common.engine import runner
+from common.kernels import select
 from tests.engine.worlds import tiny_spec
+from tests.kernels.test_flash import varlen
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
@@ -28,6 +33,64 @@ def test_a_section_finds_nothing_wrong_on_a_cpu(name):
         section = gpu_suite.section_named(name)(Context(torch.device("cpu"), TOY))
     assert section.failed == []
     assert section.notes or all(section.tables.values())
+
+
+def test_flash_is_checked_and_timed_in_blocks_that_it_takes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    monkeypatch.setattr(select, "_obstacle", lambda name, *_: "not here" if name == "triton" else "")
+    context = Context(torch.device("cpu"), TOY)
+    found = kernels(context)
+    rows = [row for row in found.tables["Attention against fp64"] if row["backend"] == "flash"]
+    assert found.failed == [] and len(rows) == len(context.dtypes) * len(TOY.checks)
+    timed = attention(context)
+    assert timed.failed == []
+    for title in ("Decode", "Prefill"):
+        [row] = [row for row in timed.tables[title] if row["attention"] == "ours: flash"]
+        assert float(row["difference"]) < 1e-5
+
+
+def test_keys_in_larger_blocks_are_the_same_keys():
+    case = paged(Work(3, 2, 37), TOY.heads, torch.float32, torch.device("cpu"))
+    larger = as_blocks(case, 32)
+    assert larger.block_size == 32 and larger.kvs[0].shape[0] == 3 * 2
+    for ours, theirs in zip(larger.dense[0], case.dense[0]):
+        assert torch.equal(ours, theirs)
+
+
+class Wrapper:
+    """Stands in for both of FlashInfer's: `plan` as documented, `run` by plain attention over the pages."""
+
+    def __init__(self, workspace, layout):
+        assert layout == "NHD"
+
+    def plan(self, *sums, causal=False, q_data_type, kv_data_type, sm_scale):
+        *first, self.pages, self.last, _, _, _, self.size = sums
+        self.keys, self.queries = first[-1].tolist(), first[0].tolist() if len(first) == 2 else None
+        self.causal, self.scale = causal, sm_scale
+
+    def run(self, q, kv):
+        out, starts = torch.empty_like(q), self.queries or list(range(len(self.keys)))
+        for row in range(len(self.keys) - 1):
+            begin, end = starts[row : row + 2]
+            length = (self.keys[row + 1] - self.keys[row] - 1) * self.size + int(self.last[row])
+            pages = kv[self.pages[self.keys[row] : self.keys[row + 1]].long()]
+            k, v = (pages[:, half].flatten(0, 1)[:length].repeat_interleave(q.shape[1] // kv.shape[3], 1)
+                    for half in (0, 1))  # fmt: skip
+            logits = torch.einsum("qhd,khd->hqk", q[begin:end], k) * self.scale
+            later = torch.arange(length) > torch.arange(length - (end - begin), length)[:, None]
+            assert self.causal or end - begin == 1
+            weights = logits.masked_fill(later, float("-inf")).softmax(-1)
+            out[begin:end] = torch.einsum("hqk,khd->qhd", weights, v)
+        return out
+
+
+@pytest.mark.parametrize("work", [Work(3, 1, 37), Work(2, 9, 20)])
+def test_flashinfer_is_asked_for_decodes_and_for_prompts(work, monkeypatch):
+    library = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Wrapper, BatchPrefillWithPagedKVCacheWrapper=Wrapper)
+    monkeypatch.setitem(sys.modules, "flashinfer", library)
+    case = paged(work, TOY.heads, torch.float32, torch.device("cpu"))
+    [call] = flashinfer(case, 0.125)
+    assert error(call(), plain(case, 0.125).double()) < 1e-5
 
 
 WITHOUT = """
