@@ -289,5 +289,5 @@ class Runner:
         if self.check_finite and not bool(torch.isfinite(logits).all()):
             bad = works[int(torch.argmin(torch.isfinite(logits).all(dim=1).int()))]
             raise ContractError(f"request {bad.request_id}: NaN at position {bad.first + bad.num - 1}: KV was read "
-                                "that nobody had written, or that was freed")  # fmt: skip
+                                "that nobody had written, or that was freed (or a parameter is no number)")  # fmt: skip
         item.sampled = list(zip([work.request_id for work in works], np.asarray(tokens.cpu()).tolist()))
