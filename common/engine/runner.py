@@ -23,12 +23,17 @@ from common.engine.model import Attend, Decoder
 from common.engine.rope import Rotation
 from common.engine.sampler import Draw, SamplingParams, sample
 from common.engine.weights import ParameterSource
-from common.engine.work import Batch, PlacePlan, plan_band, to_device
+from common.engine.work import Batch, PlacePlan, Work, plan_band, to_device
 from common.errors import ContractError
 from common.kernels.cache import write_kv
 from common.kernels.merge import merge_into
 from common.kernels.plan import Backend
-from common.types import Layers, Tier
+from common.types import Layers, Span, Tier
+
+NOBODY = -1
+"""A request that there is not."""
+WARM_TOKENS = 3
+"""Of its prompt and its one decode."""
 
 
 class Remote(NamedTuple):
@@ -150,6 +155,24 @@ class Runner:
         self._wait()
         times.seconds = self.clock() - begin - (captured or 0.0)
         return times
+
+    def warm_up(self, home: int) -> None:
+        """A prompt and a decode that nobody asked for, on an instance with free cells: what is compiled or opened at
+        its first use (Triton's kernels, libraries) is no time of an iteration. Leaves nothing behind."""
+        layers, store = (0, self.decoder.spec.num_layers), self.instances[home].stores[Tier.HBM]
+        spans = (Span(home, layers, 0, None),)
+        blocks = -(-WARM_TOKENS // self.block_size)
+        if store.range.free_cells < blocks * layers[1]:
+            return
+        for block in range(blocks):
+            store.append(NOBODY, *layers, block)
+        graphs, self.graphs = self.graphs, None
+        try:
+            for first, num in ((0, WARM_TOKENS - 1), (WARM_TOKENS - 1, 1)):
+                self.run_stage(Item(Batch.of([Work(NOBODY, first, num, True, spans)]), [0] * num), home, layers)
+        finally:
+            self.graphs = graphs
+            store.claim(NOBODY, np.zeros((layers[1], 0), bool))
 
     def _replay(self, item: Item, home: int, layers: Layers) -> float | None:
         """Run an iteration by a graph; the seconds that went into capturing it. None: run it eagerly."""

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.engine.runner import Runner
 from common.kernels import cache
+from common.types import Tier
 from tests.contract.runtimes import walk_local
 from tests.contract.test_walks import WALKS, check_books
 from tests.engine.pretend_cuda import pretended
@@ -56,6 +58,25 @@ def test_tied_tables_are_on_a_device_once(monkeypatch):
         apart = tiny_world(model, replace(tiny_spec(), tied=False), device="cuda", attention="torch").runner
     tables = [(runner.head._panels[0].data_ptr(), runner.embedding.data_ptr()) for runner in (shared, apart)]
     assert tables[0][0] == tables[0][1] and tables[1][0] != tables[1][1]
+
+
+def test_a_device_is_warm_before_anything_is_timed_and_nothing_is_left_of_it(monkeypatch):
+    runs, plain = [], Runner.run_stage
+    monkeypatch.setattr(Runner, "run_stage", lambda self, item, *at: runs.append(item) or plain(self, item, *at))
+    with pretended(monkeypatch):
+        world = tiny_world(cluster(2, 8, 4, 16), device="cuda", attention="torch", graphs="on")
+        for index in (0, 1):
+            world.start(index)
+            store = world.instances[index].stores[Tier.HBM]
+            assert store.used == 0 and not store.requests and store.range.free_cells == 32
+            assert torch.isnan(world.instances[index].kv.cpu()).all()
+        assert [item.batch.num_tokens for item in runs] == [2, 1], "once for all instances of a TP"
+        assert world.runner.graphs.counts.replays == 0
+        for block in range(8):
+            store.append(7, 0, 4, block)
+        world.runner.warm_up(1)
+        assert len(runs) == 2, "no cell is free"
+        world.close()
 
 
 @pytest.mark.parametrize("to_host", [False, True])
