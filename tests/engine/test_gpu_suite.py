@@ -93,6 +93,26 @@ def test_flashinfer_is_asked_for_decodes_and_for_prompts(work, monkeypatch):
     assert error(call(), plain(case, 0.125).double()) < 1e-5
 
 
+STUB = """#!/bin/sh
+case "$*" in *is_available*) exit 1 ;; esac
+echo "$@" >> "$0.calls"
+"""
+
+
+@pytest.mark.parametrize("options", [["--device", "cpu"], ["--device=cpu"], ["--device=cpu", "--only", "arena"]])
+def test_the_script_installs_nothing_for_a_cpu(options, tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "gpu_suite.sh").write_text((ROOT / "bench" / "gpu_suite.sh").read_text())
+    for python in (tmp_path / ".venv" / "bin" / "python", tmp_path / "path" / "python3"):
+        python.parent.mkdir(parents=True)
+        python.write_text(STUB)
+        python.chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'path'}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(tmp_path / "bench" / "gpu_suite.sh"), *options], env=environment)
+    calls = (tmp_path / ".venv" / "bin" / "python.calls").read_text().splitlines()
+    assert done.returncode == 0 and calls == ["-c import torch", " ".join(["-m bench.gpu_suite", *options])]
+
+
 WITHOUT = """
 import sys
 
