@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from common.types import Tier
 from tests.contract.runtimes import walk_local
 from tests.contract.test_walks import WALKS, check_books
 from tests.engine.pretend_cuda import pretended
-from tests.engine.worlds import tiny_spec, tiny_world
+from tests.engine.worlds import fitting_cluster, tiny_spec, tiny_world
 from tests.fakes import cluster
 
 torch.set_num_threads(1)
@@ -49,6 +50,25 @@ def test_the_pretended_device_minds_where_tensors_are(monkeypatch):
                 act()
         assert there[index].is_cuda and not there.cpu().is_cuda and not there.to("cpu").is_cuda
         assert (there * 2).view(-1).is_cuda and here.to("cuda").is_cuda and not here.copy_(there).is_cuda
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_range_that_was_shrunk_for_a_load_that_does_not_come_widens_again(device, tp, monkeypatch):
+    spec = tiny_spec()
+    with pretended(monkeypatch) if device == "cuda" else nullcontext():
+        world = tiny_world(fitting_cluster(spec, 1, 32, 16, tp=tp), spec, device=device, attention="torch")
+        world.start(0)
+        engine, (layer, cell) = world.instances[0], (world.infos[0].layer_param_bytes, world.infos[0].cell_bytes)
+        whole, less = 32 + 2 * layer // cell, 32 + layer // cell
+        engine.drop((2, 4))
+        engine.resize(less - 3)
+        engine.resize(less)
+        store = engine.stores[Tier.HBM]
+        assert store.range.free_cells == len(engine.kv) == less < whole
+        assert bool(torch.isnan(engine.kv.cpu()).all()), "new cells are nobody's"
+        engine.load([2], None)  # which a wider range would not have left the pages
+        world.close()
 
 
 def test_tied_tables_are_on_a_device_once(monkeypatch):
