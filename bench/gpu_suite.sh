@@ -12,7 +12,7 @@ if [ -z "$python" ]; then
 fi
 if [ -z "$python" ]; then
     case " $* " in
-        *" cpu "*) python=.venv/bin/python; "$python" -c 'import torch' 2>/dev/null || python=python3 ;;
+        *[\ =]cpu\ *) python=.venv/bin/python; "$python" -c 'import torch' 2>/dev/null || python=python3 ;;
         *)
             test -x .venv/bin/python || python3 -m venv .venv
             .venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,engine,cuda]'

@@ -10,9 +10,15 @@ import numpy as np
 import torch
 
 from bench.timing import Timer, copy_bandwidth, matmul_rate
+from common.kernels.flash import PAGE_MULTIPLE
 from common.kernels.plan import Rows
 
 BLOCK_SIZE = 16
+
+
+def block_size_of(backend: str) -> int:
+    """What a backend is checked and timed with: flash-attn's smallest, else ours."""
+    return PAGE_MULTIPLE if backend == "flash" else BLOCK_SIZE
 
 
 class Heads(NamedTuple):
@@ -124,6 +130,11 @@ class Paged:
     kvs: list[torch.Tensor]  # [C, 2, B, G, D] each
 
     @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return int(self.kvs[0].shape[2])
+
+    @property
     def dense(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """K and V of each copy, contiguous and in order: [R, G, S, D] (all rows are equally long)."""
         length = int(self.rows.kv_len[0])
@@ -135,16 +146,19 @@ class Paged:
         return found
 
 
-def paged(work: Work, heads: Heads, dtype: torch.dtype, device: torch.device, reach: int = 0, most: int = 8) -> Paged:
+def paged(
+    work: Work, heads: Heads, dtype: torch.dtype, device: torch.device, reach: int = 0, most: int = 8,
+    block_size: int = BLOCK_SIZE,
+) -> Paged:  # fmt: skip
     """Random queries and KV; copies of KV up to `reach` bytes."""
-    blocks = -(-work.context // BLOCK_SIZE)
+    blocks = -(-work.context // block_size)
     order = np.random.default_rng(0).permutation(work.batch * blocks).astype(np.int32)
     num = np.full(work.batch, work.new, np.int32)
     rows = Rows(
         np.arange(work.batch, dtype=np.int32) * work.new, num, np.full(work.batch, work.context, np.int32) - num,
         np.zeros(work.batch, np.int32), np.full(work.batch, work.context, np.int32), order.reshape(work.batch, blocks),
     )  # fmt: skip
-    shape = (work.batch * blocks, 2, BLOCK_SIZE, heads.kv, heads.size)
+    shape = (work.batch * blocks, 2, block_size, heads.kv, heads.size)
     num_bytes = int(np.prod(shape)) * dtype.itemsize
     copies = max(1, min(most, -(-reach // num_bytes)))
     kvs = [torch.randn(shape, device=device, dtype=torch.float32).to(dtype) for _ in range(copies)]

@@ -9,9 +9,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
-from bench.suite import BLOCK_SIZE, Context, Paged, Section, Work, cold_reach, paged
+from bench.suite import BLOCK_SIZE, Context, Paged, Section, Work, block_size_of, cold_reach, paged
 from bench.suite_kernels import error, plain
 from bench.suite_rivals import RIVALS, as_rows
 from bench.timing import Call
@@ -25,7 +27,7 @@ AGREES = 0.05
 
 def ours(name: str, case: Paged, scale: float, context: Context) -> list[Call]:
     """A backend's `run` over each copy; planning is done before."""
-    backend = choose(context.device, case.q.dtype, BLOCK_SIZE, name)
+    backend = choose(context.device, case.q.dtype, case.block_size, name)
     plan = backend.plan(case.rows, context.device)
     return [partial(backend.run, plan, case.q, kv, 0, scale) for kv in case.kvs]
 
@@ -45,15 +47,17 @@ def attention(context: Context) -> Section:
 def timed(section: Section, context: Context, work: Work) -> list[dict[str, Any]]:
     """Rows of one shape: ours first."""
     heads, dtype = context.sizes.heads, context.dtypes[0]
-    case, scale = paged(work, heads, dtype, context.device, cold_reach(context.device)), heads.size**-0.5
+    small, scale = paged(work, heads, dtype, context.device, cold_reach(context.device)), heads.size**-0.5
     floor = floor_ns(context, work, dtype)
-    want = plain(case, scale).cpu().double() if work.batch * work.new * work.context <= PLAIN else None
+    known = work.batch * work.new * work.context <= PLAIN
+    want = plain(small, scale).cpu().double() if known else None
     rows = []
     for name in [*NAMES, *RIVALS]:
         row = {"attention": f"ours: {name}" if name in NAMES else name, "rows": work.batch, "queries": work.new,
                "keys": work.context}  # fmt: skip
         try:
             with torch.inference_mode():
+                case = small if block_size_of(name) == BLOCK_SIZE else as_blocks(small, block_size_of(name))
                 calls = ours(name, case, scale, context) if name in NAMES else RIVALS[name](case, scale)
                 off = 0.0 if want is None else error(as_rows(calls[0](), case, name), want)
             time_ns = context.timer.median_ns(calls)
@@ -66,6 +70,19 @@ def timed(section: Section, context: Context, work: Work) -> list[dict[str, Any]
         rows.append({**row, "us": time_ns / 1e3, "of ceiling": floor / time_ns, "difference": f"{off:.1e}",
                      "note": "" if same else "does something else"})  # fmt: skip
     return rows
+
+
+def as_blocks(case: Paged, block_size: int) -> Paged:
+    """The same keys in blocks of another size, in order."""
+    num_rows, length = len(case.rows.q_len), int(case.rows.kv_len[0])
+    blocks = -(-length // block_size)
+    kvs = []
+    for k, v in case.dense:
+        halves = torch.stack([F.pad(half, (0, 0, 0, blocks * block_size - length)) for half in (k, v)], dim=1)
+        cut = halves.view(*halves.shape[:3], blocks, block_size, halves.shape[-1])
+        kvs.append(cut.permute(0, 3, 1, 4, 2, 5).flatten(0, 1).contiguous())
+    tables = np.arange(num_rows * blocks, dtype=np.int32).reshape(num_rows, blocks)
+    return Paged(case.rows._replace(tables=tables), case.q, kvs)
 
 
 def floor_ns(context: Context, work: Work, dtype: torch.dtype) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.suite import BLOCK_SIZE, Context, Paged, Section, Work, cold_reach, first_line, paged
+from bench.suite import BLOCK_SIZE, Context, Paged, Section, Work, block_size_of, cold_reach, first_line, paged
 from bench.timing import Call
 from common.errors import KVPlaneError
 from common.kernels import cache
@@ -37,7 +37,7 @@ def plain(case: Paged, scale: float) -> torch.Tensor:
 
 def truth(case: Paged, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) in fp64 on the CPU, by the reference that the tests hold against the definition."""
-    judge = TorchBackend(BLOCK_SIZE)
+    judge = TorchBackend(case.block_size)
     return judge.run(judge.plan(case.rows, "cpu"), case.q.cpu().double(), case.kvs[0].cpu().double(), 0, scale)
 
 
@@ -48,40 +48,35 @@ def error(found: torch.Tensor, true: torch.Tensor) -> float:
 
 def kernels(context: Context) -> Section:
     """Each backend that is to be had here, each type, each shape; also plans with fixed buffers, and merging."""
-    section, rows = Section(), list[dict[str, Any]]()
-    for dtype in context.dtypes:
-        for work in context.sizes.checks:
-            case, scale = paged(work, context.sizes.heads, dtype, context.device), context.sizes.heads.size**-0.5
-            true_o, true_lse = truth(case, scale)
-            bound = FACTOR * error(plain(case, scale), true_o) + SLACK
-            for name in NAMES:
-                row = {
-                    "backend": name,
-                    "type": str(dtype)[6:],
-                    "rows": work.batch,
-                    "queries": work.new,
-                    "keys": work.context,
-                }
-                try:
-                    backend = choose(context.device, dtype, BLOCK_SIZE, name)
-                    found = run_all(backend, case, work, context, scale)
-                except KVPlaneError as reason:
-                    section.check(not (context.cuda and name == "triton"), f"triton {dtype}: {first_line(reason)}")
-                    section.absent(f"our {name} kernels in {dtype}", reason)
-                    continue
-                for kind, (o, lse) in found.items():
-                    wrong = error(o, true_o)
-                    off = 0.0 if lse is None else float((lse.cpu().double() - true_lse).abs().max())
-                    ok = wrong <= bound and off <= 1e-2
-                    section.check(
-                        ok, f"{name}{kind} {dtype} {tuple(work)}: error {wrong:.2e}, bound {bound:.2e}, lse {off:.1e}"
-                    )
-                    rows.append(
-                        {**row, "backend": name + kind, "error": wrong, "bound": bound, "lse error": off, "ok": str(ok)}
-                    )
-    section.tables["Attention against fp64"] = rows
+    section = Section()
+    section.tables["Attention against fp64"] = [
+        row for dtype in context.dtypes for work in context.sizes.checks for name in NAMES
+        for row in checked(section, context, dtype, work, name)]  # fmt: skip
     section.tables["Merging two halves against fp64"] = [merging(section, context, dtype) for dtype in context.dtypes]
     return section
+
+
+def checked(section: Section, context: Context, dtype: torch.dtype, work: Work, name: str) -> list[dict[str, Any]]:
+    """Rows of one backend, if it is to be had."""
+    block_size, scale = block_size_of(name), context.sizes.heads.size**-0.5
+    try:
+        backend = choose(context.device, dtype, block_size, name)
+        case = paged(work, context.sizes.heads, dtype, context.device, block_size=block_size)
+        found = run_all(backend, case, work, context, scale)
+    except KVPlaneError as reason:
+        section.check(not (context.cuda and name == "triton"), f"triton {dtype}: {first_line(reason)}")
+        section.absent(f"our {name} kernels in {dtype}", reason)
+        return []
+    true_o, true_lse = truth(case, scale)
+    bound, rows = FACTOR * error(plain(case, scale), true_o) + SLACK, list[dict[str, Any]]()
+    for kind, (o, lse) in found.items():
+        wrong = error(o, true_o)
+        off = 0.0 if lse is None else float((lse.cpu().double() - true_lse).abs().max())
+        ok = wrong <= bound and off <= 1e-2
+        section.check(ok, f"{name}{kind} {dtype} {tuple(work)}: error {wrong:.2e}, bound {bound:.2e}, lse {off:.1e}")
+        what = {"backend": name + kind, "type": str(dtype)[6:], "rows": work.batch, "queries": work.new}
+        rows.append({**what, "keys": work.context, "error": wrong, "bound": bound, "lse error": off, "ok": str(ok)})
+    return rows
 
 
 def run_all(

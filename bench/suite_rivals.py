@@ -107,21 +107,21 @@ def flash_attn(case: Paged, scale: float) -> list[Call]:
 
 
 def flashinfer(case: Paged, scale: float) -> list[Call]:
-    """FlashInfer over the same pages; decode only."""
+    """FlashInfer over the same pages."""
     import flashinfer as library  # type: ignore[import-not-found]
 
-    if int(case.rows.q_len[0]) > 1:
-        raise NotImplementedError("only its decode is timed")
     device, (batch, blocks) = case.q.device, case.rows.tables.shape
-    indptr = torch.arange(batch + 1, dtype=torch.int32, device=device) * blocks
+    count = torch.arange(batch + 1, dtype=torch.int32, device=device)
     last = torch.full((batch,), (int(case.rows.kv_len[0]) - 1) % BLOCK_SIZE + 1, dtype=torch.int32, device=device)
-    pages = torch.from_numpy(case.rows.tables.ravel()).to(device)
-    wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
-        torch.empty(128 << 20, dtype=torch.uint8, device=device), "NHD"
-    )
-    kv_heads, size = case.kvs[0].shape[3:]
-    wrapper.plan(indptr, pages, last, case.q.shape[1], kv_heads, size, BLOCK_SIZE, q_data_type=case.q.dtype,
-                 kv_data_type=case.q.dtype, sm_scale=scale)  # fmt: skip
+    pages, new = torch.from_numpy(case.rows.tables.ravel()).to(device), int(case.rows.q_len[0])
+    kind = library.BatchDecodeWithPagedKVCacheWrapper if new == 1 else library.BatchPrefillWithPagedKVCacheWrapper
+    wrapper = kind(torch.empty(128 << 20, dtype=torch.uint8, device=device), "NHD")
+    heads = case.q.shape[1], *case.kvs[0].shape[3:], BLOCK_SIZE
+    options = {"q_data_type": case.q.dtype, "kv_data_type": case.q.dtype, "sm_scale": scale}
+    if new == 1:
+        wrapper.plan(count * blocks, pages, last, *heads, **options)
+    else:
+        wrapper.plan(count * new, count * blocks, pages, last, *heads, causal=True, **options)
     return [partial(wrapper.run, case.q, kv) for kv in case.kvs]
 
 

@@ -110,6 +110,14 @@ class Arena(ABC):
         self.book.shrink(num_bytes)
         return self._timed(partial(self._shrink, before), before - self.book.kv_pages_bytes)
 
+    def widen(self, num_bytes: int) -> Remap:
+        """KV becomes `num_bytes` long again, out of what an earlier `shrink` gave up and no layer has taken. The new
+        tail's contents are undefined. Remap: the pages that it takes."""
+        self._check_usable()
+        before = self.book.kv_pages_bytes
+        self.book.widen(num_bytes)
+        return self._timed(partial(self._drop, (0, 0), before), self.book.kv_pages_bytes - before)
+
     def restore(self, layers: Layers) -> Remap:
         """Layers [lo, hi) get pages again, with undefined contents: the caller fills them. ContractError while KV
         has those pages. Remap: the slabs' pages."""

@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -58,10 +59,13 @@ class Rerun:
 
 
 class CudaCapture:
-    """A CUDA graph per body, all in one memory pool (only one of them runs at a time). Never run on a GPU yet."""
+    """A CUDA graph per body, all in one memory pool (only one of them runs at a time). Never run on a GPU yet.
+
+    A pool is gone with the last graph in it, and torch refuses to capture into it again: then the next graph opens
+    another. So it is when an only instance has lost all of its graphs to a drop."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._living: WeakSet[Any] = WeakSet()
 
     def __call__(self, body: Body) -> Body:
         """See `Capture`. Warm-up on a side stream, so that lazy initialisation and compilation are not captured."""
@@ -72,10 +76,11 @@ class CudaCapture:
                 body()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
+        pool = next((other.pool() for other in self._living), None)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=pool):
             body()
-        self._pool = self._pool or graph.pool()
+        self._living.add(graph)
         return graph.replay
 
 

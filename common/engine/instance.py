@@ -102,9 +102,8 @@ class InstanceBytes:
 
     def widen(self, num_cells: int) -> None:
         """Let the KV range have back what an earlier `compact` gave up."""
-        self.arena.drop((0, 0))
+        self.arena.widen(num_cells * self.info.cell_bytes)
         self.kv = self._view()
-        assert self.arena.num_cells >= num_cells, "the KV range is narrower than the ledger's"
 
     def compact(self, num_cells: int, moves: Moves, free: NDArray[np.int64]) -> None:
         """Make these moves in this order and keep the first `num_cells`, of which `free` are nobody's."""

@@ -93,6 +93,13 @@ class PageBook:
         self.kv_bytes = num_bytes
         self.check()
 
+    def widen(self, num_bytes: int) -> None:
+        """The KV range becomes `num_bytes` long. ContractError: it is longer already, or that is over the formula."""
+        if not self.kv_bytes <= num_bytes <= self.full_kv_bytes:
+            raise ContractError(f"widen KV to {num_bytes} bytes, but it has {self.kv_bytes} of {self.full_kv_bytes}")
+        self.kv_bytes = num_bytes
+        self.check()
+
     def restore(self, layers: Layers) -> None:
         """These layers take pages again. ContractError: one is resident, or KV still has the pages."""
         self._require(layers, False, "restore")

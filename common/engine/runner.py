@@ -23,12 +23,17 @@ from common.engine.model import Attend, Decoder
 from common.engine.rope import Rotation
 from common.engine.sampler import Draw, SamplingParams, sample
 from common.engine.weights import ParameterSource
-from common.engine.work import Batch, PlacePlan, plan_band, to_device
+from common.engine.work import Batch, PlacePlan, Work, plan_band, to_device
 from common.errors import ContractError
 from common.kernels.cache import write_kv
 from common.kernels.merge import merge_into
 from common.kernels.plan import Backend
-from common.types import Layers, Tier
+from common.types import Layers, Span, Tier
+
+NOBODY = -1
+"""A request that there is not."""
+WARM_TOKENS = 3
+"""Of its prompt and its one decode."""
 
 
 class Remote(NamedTuple):
@@ -120,7 +125,7 @@ class Runner:
         self.clock: Callable[[], float] = time.perf_counter  # seconds; benchmarks may count CPU time instead
         device = decoder.device
         self.embedding = source.embedding().to(device)
-        self.head = Head(source.head().to(device))
+        self.head = Head(self.embedding if decoder.spec.tied else source.head().to(device))
         self.norm = source.final_norm().to(device)
         self.overlaps = device.type == "cuda"  # does the device compute while the host goes on?
         self.graphs = make_graphs(self, graphs, max_len or decoder.spec.max_position)
@@ -150,6 +155,24 @@ class Runner:
         self._wait()
         times.seconds = self.clock() - begin - (captured or 0.0)
         return times
+
+    def warm_up(self, home: int) -> None:
+        """A prompt and a decode that nobody asked for, on an instance with free cells: what is compiled or opened at
+        its first use (Triton's kernels, libraries) is no time of an iteration. Leaves nothing behind."""
+        layers, store = (0, self.decoder.spec.num_layers), self.instances[home].stores[Tier.HBM]
+        spans = (Span(home, layers, 0, None),)
+        blocks = -(-WARM_TOKENS // self.block_size)
+        if store.range.free_cells < blocks * layers[1]:
+            return
+        for block in range(blocks):
+            store.append(NOBODY, *layers, block)
+        graphs, self.graphs = self.graphs, None
+        try:
+            for first, num in ((0, WARM_TOKENS - 1), (WARM_TOKENS - 1, 1)):
+                self.run_stage(Item(Batch.of([Work(NOBODY, first, num, True, spans)]), [0] * num), home, layers)
+        finally:
+            self.graphs = graphs
+            store.claim(NOBODY, np.zeros((layers[1], 0), bool))
 
     def _replay(self, item: Item, home: int, layers: Layers) -> float | None:
         """Run an iteration by a graph; the seconds that went into capturing it. None: run it eagerly."""
@@ -289,5 +312,5 @@ class Runner:
         if self.check_finite and not bool(torch.isfinite(logits).all()):
             bad = works[int(torch.argmin(torch.isfinite(logits).all(dim=1).int()))]
             raise ContractError(f"request {bad.request_id}: NaN at position {bad.first + bad.num - 1}: KV was read "
-                                "that nobody had written, or that was freed")  # fmt: skip
+                                "that nobody had written, or that was freed (or a parameter is no number)")  # fmt: skip
         item.sampled = list(zip([work.request_id for work in works], np.asarray(tokens.cpu()).tolist()))

@@ -32,6 +32,14 @@ class RopeSpec:
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
 
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"rotary embedding: {name} must be positive and finite, not {getattr(self, name)}")
+        if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(f"rotary embedding: high_freq_factor {self.high_freq_factor} must be above "
+                              f"low_freq_factor {self.low_freq_factor}")  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:

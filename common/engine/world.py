@@ -50,6 +50,7 @@ class EngineWorld:
         self.tps = tuple(info.tp for info in infos)
         self._shards = ShardSources(source)
         self.instances: dict[int, Any] = {}  # EngineInstance or ShardedInstance
+        self._warm: set[int] = set()  # TPs whose kernels have run
         self._gone: list[RemapLog] = []  # of instances that were stopped or lost
         decoder = Decoder(spec, self.device, spec.dtype)
         self.backend = choose(self.device, spec.dtype, block_size, attention)
@@ -63,10 +64,13 @@ class EngineWorld:
         if tp > 1:
             self.instances[index] = ShardedInstance(info, rank_spec(self.spec, tp), self.device, self.block_size,
                                                     self._shards.of(tp), self.poison)  # fmt: skip
-            return
-        self.instances[index] = EngineInstance(
-            info, self.spec, self.spec.dtype, self.device, self.block_size, self.source, self.poison
-        )
+        else:
+            self.instances[index] = EngineInstance(
+                info, self.spec, self.spec.dtype, self.device, self.block_size, self.source, self.poison
+            )
+        if self.device.type == "cuda" and tp not in self._warm:
+            self._warm.add(tp)
+            self.runner.warm_up(index)
 
     def stop(self, index: int) -> None:
         """An instance goes with all its bytes."""

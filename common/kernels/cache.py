@@ -53,11 +53,12 @@ def scatter_cells(kv_C2BGD: torch.Tensor, cells_N: torch.Tensor, buffer: torch.T
 
 
 def copy_cells(src_kv: torch.Tensor, src_cells: torch.Tensor, dst_kv: torch.Tensor, dst_cells: torch.Tensor) -> None:
-    """Copy cells between KV ranges of the same shape of cell (int64, `dst_cells` distinct).
+    """Copy cells between KV ranges of the same shape of cell (int64, `dst_cells` distinct; ids may come from the host).
 
     Within one range a cell may not be both read and written: the order of the copies is not fixed.
     """
     _check_cells(dst_kv, dst_cells, torch.Size((len(src_cells), *src_kv.shape[1:])))
+    src_cells, dst_cells = src_cells.to(src_kv.device), dst_cells.to(dst_kv.device)
     if dst_kv.is_cuda and src_kv.is_cuda:
         from common.kernels import triton_cache
 

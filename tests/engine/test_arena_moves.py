@@ -85,6 +85,20 @@ class ArenaMoves(RuleBasedStateMachine):
         self.length = num_bytes
         del self.cells[self.arena.num_cells :]
 
+    @rule(data=st.data())
+    def widen(self, data):
+        most = self.shape.kv_bytes + (self.shape.num_layers - len(self.slabs)) * self.shape.layer_bytes
+        for wrong in (self.length - 1, most + 1):
+            with pytest.raises(ContractError):
+                self.arena.widen(wrong)
+        num_bytes = data.draw(st.integers(self.length, most))
+        used = self.arena.book.used_bytes
+        moved = self.arena.widen(num_bytes)
+        self.settle()
+        assert moved.num_bytes == self.arena.book.used_bytes - used
+        self.length = num_bytes
+        self.write_cells()
+
     @rule(data=st.data(), make_room=st.booleans())
     def restore(self, data, make_room):
         low, high = self.draw_layers(data)

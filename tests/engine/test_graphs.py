@@ -3,13 +3,15 @@ back. On a CPU a replay runs the captured body again, so the buffers are proved 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.driver import drive
-from common.engine.graphs import Rerun, whereabouts
+from common.engine.graphs import CudaCapture, Rerun, whereabouts
 from common.engine.instance import cell_bytes
 from common.engine.layout import LayerLayout
 from common.engine.world import EngineWorld
@@ -99,6 +101,53 @@ def test_captures_run_the_body_before_the_first_replay():
     assert len(ran) == 1
     replay()
     assert len(ran) == 2
+
+
+class Pools:
+    """Of graphs, by torch's rules: a pool lives as long as a graph that was captured into it, and a handle of a pool
+    that has ended cannot be used."""
+
+    def __init__(self):
+        self.graphs = {}  # pool -> living graphs
+        pools = self
+
+        class Graph:
+            number = None
+
+            def pool(self):
+                return self.number
+
+            def replay(self):
+                pass
+
+            def __del__(self):
+                if self.number is not None:
+                    pools.graphs[self.number] -= 1
+
+        self.kind = Graph
+
+    def capture(self, graph, pool=None):
+        assert pool is None or self.graphs[pool] > 0, "a pool whose last graph has gone"
+        graph.number = (1, len(self.graphs)) if pool is None else pool
+        self.graphs[graph.number] = self.graphs.get(graph.number, 0) + 1
+        return nullcontext()
+
+
+def test_graphs_share_a_pool_while_it_lives_and_open_another_when_all_have_gone(monkeypatch):
+    pools, stream = Pools(), SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {"CUDAGraph": pools.kind, "graph": pools.capture, "Stream": lambda: stream,
+                        "current_stream": lambda: stream, "stream": lambda one: nullcontext(),
+                        "synchronize": lambda: None}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    capture = CudaCapture()
+    replays = [capture(lambda: None) for _ in range(3)]
+    assert list(pools.graphs.values()) == [3]
+    del replays[0]
+    replays.append(capture(lambda: None))
+    assert list(pools.graphs.values()) == [3]
+    replays.clear()
+    replays.append(capture(lambda: None))
+    assert list(pools.graphs.values()) == [0, 1]
 
 
 @pytest.mark.gpu
