@@ -40,6 +40,10 @@ def test_it_runs_in_sim(tmp_path: Path) -> None:
 @pytest.mark.parametrize("runtime", ["local", "dist"])
 def test_it_runs_with_real_tensors_and_its_tokens_are_those_of_another_system(tmp_path: Path, runtime: str) -> None:
     pytest.importorskip("torch")
+    if runtime == "dist":
+        from tests.dist.pool import own_hub_closed
+
+        own_hub_closed()  # another test's workers, in this process
     assert summary(tmp_path / "toy", "system.name=fewest", *TENSORS, f"runtime={runtime}")["completed"] == 12
     assert summary(tmp_path / "vllm", *TENSORS, "runtime=local")["completed"] == 12
     tokens = [(tmp_path / name / "outputs.jsonl").read_text() for name in ("toy", "vllm")]
