@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -204,7 +205,7 @@ class Hub:
                 try:
                     self._connections[rank].send((self._sequence, order))
                 except OSError:
-                    self.lose(rank, "its connection is closed")
+                    self.lose(rank, self._how_it_ended(rank))
         return self._sequence
 
     def answer(self, rank: int, sequence: int) -> Any:
@@ -252,7 +253,7 @@ class Hub:
             self.lose(rank, f"hung: the rest of a message did not come for {self.timeouts.heartbeat_s:g} s")
             return
         except (EOFError, OSError):
-            self.lose(rank, "its connection is closed")
+            self.lose(rank, self._how_it_ended(rank))
             return
         self._heard[rank] = time.monotonic()
         if isinstance(came, say.Beat):
@@ -269,6 +270,15 @@ class Hub:
         self._answers[rank, came.sequence] = came.value
         if self.arrived is not None:
             self.arrived(rank, came.sequence)
+
+    def _how_it_ended(self, rank: int) -> str:
+        """Of a worker whose connection is closed."""
+        process = self.processes.get(rank)
+        if isinstance(process, FORKS.Process):  # its end is told a moment after that of its connection
+            process.join(0.2)
+            if process.exitcode is not None and process.exitcode < 0:
+                return f"killed by {signal.Signals(-process.exitcode).name}"
+        return "its connection is closed"
 
     def _look(self) -> None:
         """Who has been silent for too long is hung. Where nobody listened for a while, nobody is blamed for it."""
