@@ -25,6 +25,7 @@ import torch
 from bench.harness import exit_with, write_report
 from bench.peers import Load, Ours, Theirs, Timing, folder_of, timed
 from bench.stopwatch import Stopwatch
+from common.engine.products import Products, onednn
 from common.engine.spec import DecoderSpec
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "engine"
@@ -171,7 +172,7 @@ def matmul_floor(ours: Ours, repeat: int = 5) -> list[dict[str, Any]]:
             for tokens, sampled in set(mine):
                 times = mine.count((tokens, sampled))
                 chain = list(products(spec, tokens, sampled))
-                seconds += times * min(_multiply_s(engine, chain) for _ in range(repeat))
+                seconds += times * min(_multiply_s(runner.decoder.products, engine, chain) for _ in range(repeat))
                 flops += times * sum(2.0 * num * getattr(engine.layer(at), name).numel() for at, (name, num) in chain)
             rows.append(_rate(f"linear layers, {phase}", flops, seconds))
         x = torch.randn(load.num, spec.hidden_size)
@@ -182,12 +183,11 @@ def matmul_floor(ours: Ours, repeat: int = 5) -> list[dict[str, Any]]:
     return [*rows, _rate("all", 1e9 * total["GFLOP"], total["seconds"])]
 
 
-def _multiply_s(engine: Any, chain: Sequence[tuple[int, Product]]) -> float:
+def _multiply_s(products: Products, engine: Any, chain: Sequence[tuple[int, Product]]) -> float:
     inputs = {key: torch.randn(key[1], getattr(engine.layer(0), key[0]).shape[0]) for key in {key for _, key in chain}}
-    outputs = {key: torch.empty(key[1], getattr(engine.layer(0), key[0]).shape[1]) for key in inputs}
     start = time.perf_counter()
     for layer, key in chain:
-        torch.mm(inputs[key], getattr(engine.layer(layer), key[0]), out=outputs[key])
+        products.times(inputs[key], getattr(engine.layer(layer), key[0]), key[0])
     return time.perf_counter() - start
 
 
@@ -238,6 +238,7 @@ def measure(spec: DecoderSpec, load: Load, rounds: int, seed: int, settings: Set
         f"{OURS}: system=vllm, runtime=local, a fresh engine each round (its KV pages are faulted in anew), chunks of "
         f"{ours.config.engine.max_num_batched_tokens} tokens. generate: SDPA, no end token. generate_batch: blocks of "
         "32 tokens, enough for all requests unless it says how many, no sharing; with what it sets up for each call.",
+        f"Matrix products of ours by {'oneDNN and torch.mm' if onednn() else 'torch.mm'}.",
         f"The matrix products alone take {floor[-1]['seconds']:.2f} s ({floor[-1]['GFLOP/s']:.0f} GFLOP/s, best of 5) "
         f"of {best:.2f} s: {100 * floor[-1]['seconds'] / best:.0f}% of the best round.",
     ]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from common.engine.head import Head
 from common.engine.layout import LayerWeights
+from common.engine.products import Products
 from common.engine.rope import RopeTable, Rotation, rotate
 from common.engine.scratch import Scratch
 from common.engine.spec import DecoderSpec, check_device
@@ -35,6 +36,7 @@ class Decoder:
         check_device(self.device, self.dtype)
         self.rope = RopeTable(spec, self.device, self.dtype)
         self._scratch = Scratch(self.device, self.dtype)
+        self.products = Products(self._scratch, self.device, self.dtype)
         self._eps = torch.tensor(spec.rms_eps, dtype=torch.float32, device=self.device)
 
     def embed(self, ids_T: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -58,7 +60,7 @@ class Decoder:
             return x.add_(self.reduce(self.mlp_part(weights, x)))
         o = self._attended(weights, x, rotation, attend, rows)
         x = x if rows is None else x.index_select(0, rows)
-        x.addmm_(o, weights.o)
+        self.products.add(x, o, weights.o)
         return self.mlp(weights, x)
 
     def attention_part(
@@ -82,11 +84,7 @@ class Decoder:
         """Rotated queries [T, H, D], keys and values [T, G, D] of a layer's input, valid until the next call."""
         spec, tokens = self.spec, x.shape[0]
         hidden = self.norm(x, weights.input_norm)
-        qkv = self._scratch.room("qkv", tokens, spec.qkv_size)
-        if weights.qkv_bias is None:
-            torch.mm(hidden, weights.qkv, out=qkv)
-        else:
-            torch.addmm(weights.qkv_bias, hidden, weights.qkv, out=qkv)
+        qkv = self.products.times(hidden, weights.qkv, "qkv", weights.qkv_bias)
         heads = qkv.view(tokens, -1, spec.head_dim)
         kv_start, v_start = spec.num_heads, spec.num_heads + spec.num_kv_heads
         if weights.q_norm is not None and weights.k_norm is not None:
@@ -99,7 +97,7 @@ class Decoder:
     def mlp(self, weights: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         """Adds the gated MLP of `x` [T, hidden] to it, in place."""
         for rows in self._few(x):
-            rows.addmm_(self._gated(weights, rows), weights.down)
+            self.products.add(rows, self._gated(weights, rows), weights.down)
         return x
 
     def mlp_part(self, weights: LayerWeights, x: torch.Tensor) -> torch.Tensor:
@@ -116,8 +114,7 @@ class Decoder:
     def _gated(self, weights: LayerWeights, rows: torch.Tensor) -> torch.Tensor:
         """[n, intermediate], valid until the next call."""
         inner = self.spec.intermediate_size
-        gate_up = self._scratch.room("gate_up", len(rows), 2 * inner)
-        torch.mm(self.norm(rows, weights.post_norm), weights.gate_up, out=gate_up)
+        gate_up = self.products.times(self.norm(rows, weights.post_norm), weights.gate_up, "gate_up")
         active = torch.ops.aten.silu.out(gate_up[:, :inner], out=self._scratch.room("active", len(rows), inner))
         return active.mul_(gate_up[:, inner:])  # type: ignore[no-any-return]
 

@@ -114,7 +114,8 @@ class EngineWorld:
         """Device, type and kernels, as chosen once."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         return {"device": f"{self.device} ({name})", "dtype": str(self.spec.dtype).removeprefix("torch."),
-                "attention": self.backend.reason, "graphs": self._graphs(), "torch": torch.__version__}  # fmt: skip
+                "attention": self.backend.reason, "products": self.runner.decoder.products.name,
+                "graphs": self._graphs(), "torch": torch.__version__}  # fmt: skip
 
     def _graphs(self) -> str:
         graphs = self.runner.graphs
