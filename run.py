@@ -213,12 +213,14 @@ def _terminable() -> Iterator[None]:
 def execute(config: RunConfig, quiet: bool = False) -> Outcome:
     """Run, write the results folder, print the table, draw. Raises KVPlaneError on what a user can mend."""
     from common.results import RunFolder
+    from systems.registry import legal_options
     from workloads.build import build
 
     if config.runtime.name not in ("sim", "local", "dist"):
         raise ConfigError(f"runtime={config.runtime.name} is not built yet; use runtime=sim, local or dist")
     if config.log.outputs and config.runtime.name == "sim":
         raise ConfigError("log.outputs=true: runtime=sim makes no tokens; use runtime=local or dist")
+    legal_options(config.system, config.system_options)  # before anything is built, and before older results go
     begin = time.perf_counter()
     workload = build(within_window(config.workload, config.engine.max_model_len), config.seed)
     if not workload.num_requests:
@@ -343,32 +345,43 @@ def _present(
         print(f"results: {path}" + (f"   figure: {figures[0]}" if figures else ""))
 
 
-def _beside(config: RunConfig, arguments: list[str], outcome: Outcome) -> Outcome:
-    """Run the system that this one is to be seen beside (`system.against`), and print both. Gives the last run."""
+def _other(config: RunConfig, arguments: list[str]) -> RunConfig | None:
+    """The run that this one is to be seen beside (`system.against`), composed before this one is made: a mistyped name
+    must not cost a run."""
     other = config.system_options.get("against")
-    if not other or other == config.system:
-        return outcome
+    if not isinstance(other, str) or other in ("", config.system):
+        return None
     if config.runtime.name == "dist" and _under_torchrun():
         print(f"note: torchrun's workers serve one run: system={other} is for another (or system.against=null)")
-        return outcome
+        return None
     from common.config import compose
-    from common.console import comparison_table
-    from common.runs import load_run
+    from common.options import refusal, shortened
 
     mine = ("system=", "+system.", "system.", "run.name=")
     rest = [argument for argument in arguments if not argument.startswith(mine)]
     name = f"{config.run.name}-{other}" if config.run.name else None
-    second = execute(compose([*rest, f"system={other}", *([f"run.name={name}"] if name else [])]), quiet=True)
+    try:
+        return compose([*rest, f"system={other}", *([f"run.name={name}"] if name else [])])
+    except ConfigError as error:
+        raise refusal("system.against", other, shortened(str(error), 100)) from None
+
+
+def _beside(name: str, other: RunConfig, outcome: Outcome) -> Outcome:
+    """Make the other run, of the system of this name, and print both. Gives the last one."""
+    from common.console import comparison_table
+    from common.runs import load_run
+
+    second = execute(other, quiet=True)
     if second.manifest.get("partial"):
         return second
     runs = [load_run(folder) for folder in (outcome.folder, second.folder)]
     print()
     print(comparison_table(runs))
-    if config.run.figures:
+    if other.run.figures:
         from common.plots import draw_comparison
 
-        paths = draw_comparison(runs, outcome.folder / f"beside-{other}")
-        print(f"beside {other}: {', '.join(str(path) for path in paths if path.suffix == '.png')}")
+        paths = draw_comparison(runs, outcome.folder / f"beside-{name}")
+        print(f"beside {name}: {', '.join(str(path) for path in paths if path.suffix == '.png')}")
     return second
 
 
@@ -409,9 +422,10 @@ def _run(arguments: list[str]) -> int:
     from common.config import compose
 
     config = compose(arguments)
+    other = _other(config, arguments)
     outcome = execute(config)
-    if not outcome.manifest.get("partial"):
-        outcome = _beside(config, arguments, outcome)
+    if other is not None and not outcome.manifest.get("partial"):
+        outcome = _beside(config.system_options["against"], other, outcome)
     if not outcome.manifest.get("partial"):
         return 0
     print(f"stopped early: partial results in {outcome.folder}", file=sys.stderr)

@@ -1,101 +1,75 @@
-"""System name -> policy. Options are the keys of conf/system/<name>.yaml besides `name` and `description`."""
+"""System name -> policy, and the kinds of its options: the keys of conf/system/<name>.yaml besides `name` and
+`description`. What is not of its kind is refused in one line (`common.options`): factories are given legal values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 from common.errors import ConfigError
+from common.options import Choice, Kind, Whole, checked, refusal, shown
 from common.policy import Policy
+from common.sched.dispatch import DISPATCH
 from common.sched.lane import EngineConfig
+from common.sched.plan import FLEET, FleetConfig
 from common.types import ClusterInfo
 from systems.baselines.vllm import VllmPolicy  # the default; the others are imported when they are asked for
 
 Factory = Callable[[ClusterInfo, EngineConfig, Mapping[str, Any]], Policy]
+Kinds = Mapping[str, Kind]
+VLLM: Kinds = {"dispatch": DISPATCH}
 
 
 def _vllm(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
-    return VllmPolicy(cluster, engine, _dispatch(options))
-
-
-def _dispatch(options: Mapping[str, Any]) -> Any:
-    return _choose(options, "dispatch", "least_outstanding", ("round_robin", "least_outstanding"))
+    return VllmPolicy(cluster, engine, **options)
 
 
 def _vllm_pp(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     from systems.baselines.vllm_pp import VllmPpPolicy
 
-    stages = options.get("stages", 2)
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-        raise ConfigError(f"system.stages={stages!r}: give a whole number of at least 1")
-    return VllmPpPolicy(cluster, engine, stages, _dispatch(options))
+    return VllmPpPolicy(cluster, engine, **options)
 
 
 def _static_pp(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     """`vllm_pp` of any depth; null: one pipeline of all instances. bench/static_pp.py picks the best per trace."""
-    stages = options.get("stages")
-    return _vllm_pp(cluster, engine, {**options, "stages": len(cluster.instances) if stages is None else stages})
+    return _vllm_pp(cluster, engine, {**options, "stages": options.get("stages") or len(cluster.instances)})
 
 
 def _infinite_kv(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     """An oracle: vllm whose executor has been given KV without limit (`system.kv=unlimited`)."""
-    _choose(options, "kv", "unlimited", ("unlimited",))
     longest = -(-engine.max_model_len // engine.block_size)
     for info in cluster.instances:
         if info.kv_cells < engine.max_num_seqs * longest * info.num_layers:
             raise ConfigError(f"system=infinite_kv: instance {info.instance} has {info.kv_cells} KV cells, which is a "
                               "limit")  # fmt: skip
-    return VllmPolicy(cluster, engine, _dispatch(options))
+    return VllmPolicy(cluster, engine, **{key: options[key] for key in VLLM if key in options})
 
 
 def _llumnix(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     from systems.baselines.llumnix import LlumnixConfig, LlumnixPolicy
 
-    migrate, drain = options.get("migrate", True), options.get("drain") or []
-    if not isinstance(migrate, bool):
-        raise ConfigError(f"system.migrate={migrate!r}: use true or false")
-    if not isinstance(drain, list | tuple) or not all(_is_drain(pair) for pair in drain):
-        raise ConfigError(f"system.drain={drain!r}: give [[seconds, instance], …], or []")
-    config = LlumnixConfig(
-        poll_ns=max(1, int(_share(options, "poll_ms", 100, 1e6) * 1e6)),
-        threshold=_share(options, "threshold", 3.0, 1e6),
-        migrate=migrate,
-        drain=tuple((int(seconds * 1e9), instance) for seconds, instance in drain),
-    )
-    return LlumnixPolicy(cluster, engine, config)
-
-
-def _is_drain(pair: Any) -> bool:
-    return (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], int | float) and pair[0] >= 0
-            and isinstance(pair[1], int) and not isinstance(pair[1], bool))  # fmt: skip
+    return LlumnixPolicy(cluster, engine, LlumnixConfig.of(options))
 
 
 def _infercept(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     from systems.baselines.infercept import InferCeptPolicy
-    from systems.baselines.waste import Action
 
-    names = [action.value for action in Action]
-    given = options.get("actions", names)
-    if not isinstance(given, list | tuple) or "discard" not in given or not set(given) <= set(names):
-        raise ConfigError(f"system.actions={given!r}: give a list of {', '.join(names)}; discard must be among them")
-    return InferCeptPolicy(cluster, engine, tuple(Action(name) for name in given), _dispatch(options))
+    return InferCeptPolicy(cluster, engine, **options)
 
 
 def _vllm_single(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     from systems.baselines.single import SinglePolicy
 
-    if options.get("span") != "cluster":
-        raise ConfigError("system.span: vllm_single needs span=cluster")
+    if "span" not in options:
+        raise ConfigError("system.span is missing: vllm_single needs span=cluster")
     return SinglePolicy(cluster, engine)
 
 
 def _dcp(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     from systems.baselines.dcp import DcpPolicy
 
-    group = options.get("group")
-    if group is not None and (isinstance(group, bool) or not isinstance(group, int) or group < 1):
-        raise ConfigError(f"system.group={group!r}: give a whole number of at least 1, or null")
-    return DcpPolicy(cluster, engine, group, _dispatch(options))
+    return DcpPolicy(cluster, engine, **options)
 
 
 def _kunserve(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
@@ -127,49 +101,17 @@ def _infinite_llm(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[s
     return InfiniteLlmPolicy(cluster, engine, from_options(options))
 
 
-def _choose(options: Mapping[str, Any], key: str, default: str, names: tuple[str, ...]) -> Any:
-    value = options.get(key, default)
-    if value not in names:
-        raise ConfigError(f"system.{key}={value!r} is unknown; choose one of: {', '.join(names)}")
-    return value
-
-
-def _share(options: Mapping[str, Any], key: str, default: float, high: float = 1.0) -> float:
-    value = options.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
-        raise ConfigError(f"system.{key}={value!r}: give a number from 0 to {high:g}")
-    return float(value)
-
-
-def _fleet(options: Mapping[str, Any]) -> Any:
-    from common.sched.plan import FleetConfig
-
-    return FleetConfig(
-        epoch_ns=max(1, int(_share(options, "epoch_ms", 500, 1e6) * 1e6)),
-        cooldown_ns=int(_share(options, "cooldown_s", 10, 1e6) * 1e9),
-        min_instances=int(_share(options, "min_instances", 1, 1e5)),
-        watermark=_share(options, "watermark", 0.05, 0.9),
-    )
-
-
 def _mell(cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     from common.sched.pools import pooled
-    from systems.mell.bins import Weights
     from systems.mell.policy import MellConfig, make_mell
 
-    batching = options.get("batching", True)
-    if not isinstance(batching, bool):
-        raise ConfigError(f"system.batching={batching!r}: use true or false")
-    config = MellConfig(
-        rules=_choose(options, "rules", "repaired", ("repaired", "paper")),
-        migration=_choose(options, "migration", "hybrid", ("hybrid", "kv", "tokens", "off")),
-        batching=batching,
-        weights=Weights(*(_share(options, f"weight_{name}", 1.0, 1e6) for name in ("free", "requests", "node"))),
-        link_share=_share(options, "link_share", 0.5),
-        compute_share=_share(options, "compute_share", 0.2),
-    )
-    fleet = _fleet(options)
+    config, fleet = MellConfig.of(options), FleetConfig.of(options)
     return pooled(cluster, fleet, lambda pool, stock: make_mell(pool, engine, config, fleet, stock))
+
+
+def _overflow(name: str) -> tuple[str, ...]:
+    """Rules of a packer; the first is the default."""
+    return ("oracle",) if name.startswith("oracle_") else ("preempt", "reserve_max")
 
 
 def _consolidating(name: str) -> Factory:
@@ -177,10 +119,8 @@ def _consolidating(name: str) -> Factory:
         from common.sched.pools import pooled
         from systems.baselines.consolidate import make_consolidating
 
-        oracle = name.startswith("oracle_")
-        rules = ("oracle",) if oracle else ("preempt", "reserve_max")
-        overflow = _choose(options, "overflow", rules[0], rules)
-        kind, fleet = name.removeprefix("oracle_"), _fleet(options)
+        overflow: Any = options.get("overflow", _overflow(name)[0])
+        kind, fleet = name.removeprefix("oracle_"), FleetConfig.of(options)
         return pooled(
             cluster, fleet, lambda pool, stock: make_consolidating(kind, pool, engine, fleet, overflow, stock)
         )
@@ -205,6 +145,24 @@ FACTORIES: dict[str, Factory] = {
     "mell": _mell,
     **{name: _consolidating(name) for kind in CONSOLIDATING for name in (kind, f"oracle_{kind}")},
 }
+# Kinds of options, or the module whose `OPTIONS` they are: it is imported when it is asked for.
+KINDS: dict[str, Kinds | str] = {
+    "vllm": VLLM,
+    "vllm_pp": {"stages": Whole(1), **VLLM},
+    "static_pp": {"stages": Whole(1, null=True), **VLLM},
+    "infinite_kv": {"kv": Choice(("unlimited",)), **VLLM},
+    "llumnix": "systems.baselines.llumnix",
+    "infercept": "systems.baselines.infercept",
+    "vllm_single": {"span": Choice(("cluster",))},
+    "dcp": {"group": Whole(1, null=True), **VLLM},
+    "kunserve": "systems.kunserve.options",
+    "infinite_llm": "systems.infinite_llm.settings",
+    "memserve": "systems.memserve.config",
+    "pd": "systems.memserve.config",
+    "mell": "systems.mell.policy",
+    **{name: {"overflow": Choice(_overflow(name)), **FLEET}
+       for kind in CONSOLIDATING for name in (kind, f"oracle_{kind}")},
+}  # fmt: skip
 # Systems that serve several models: a pool for each over one stock of GPUs.
 POOLED = ("mell", *CONSOLIDATING, *(f"oracle_{kind}" for kind in CONSOLIDATING))
 # Systems that are told true output lengths, and say so.
@@ -217,9 +175,22 @@ def check_serves(name: str, num_models: int) -> None:
         raise ConfigError(f"system={name} serves one model: with cluster.models use one of: {', '.join(POOLED)}")
 
 
+def legal_options(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A system's own options, each of its kind; ConfigError, one line, on a system or a value that cannot be used."""
+    if name not in FACTORIES:
+        raise ConfigError(f"system={shown(name)} is unknown; choose one of: {', '.join(FACTORIES)}")
+    other = options.get("against")
+    if other is not None and not (isinstance(other, str) and other):
+        raise refusal("system.against", other, "give the name of a system (conf/system), or null")
+    own = {key: value for key, value in options.items() if key != "against"}  # another run's, not the policy's
+    kinds = KINDS.get(name)
+    if kinds is None:  # a system of the user's own that declares nothing reads its options itself
+        return own
+    return checked(own, import_module(kinds).OPTIONS if isinstance(kinds, str) else kinds)
+
+
 def make_policy(name: str, cluster: ClusterInfo, engine: EngineConfig, options: Mapping[str, Any]) -> Policy:
     """A fresh policy for one run."""
-    if name not in FACTORIES:
-        raise ConfigError(f"system={name} is unknown; choose one of: {', '.join(FACTORIES)}")
+    own = legal_options(name, options)
     check_serves(name, len(cluster.pools))
-    return FACTORIES[name](cluster, engine, options)
+    return FACTORIES[name](cluster, engine, own)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
+from common.options import Choice
 from common.sched.lane import LaneScheduler
 
 Dispatch = Literal["round_robin", "least_outstanding"]
+DISPATCH = Choice(get_args(Dispatch))  # `system.dispatch`
 SCANNED = 16  # up to so many instances are looked at one by one: faster than a heap
 
 

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from common.options import Kind, Number, Whole, period_ms, share
 from common.sched.lane import Seq
 from common.sched.moving import Mode
+
+FLEET: dict[str, Kind] = {
+    "epoch_ms": period_ms(5e5),  # a run of which only timers are left for 600 s has stalled
+    "cooldown_s": Number(high=1e6),
+    "min_instances": Whole(0, 100_000),
+    "watermark": share(0.9),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +26,16 @@ class FleetConfig:
     cooldown_ns: int = 10_000_000_000
     min_instances: int = 1
     watermark: float = 0.05
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> FleetConfig:
+        """From options that were checked against `FLEET`."""
+        return FleetConfig(
+            epoch_ns=int(float(given.get("epoch_ms", 500)) * 1e6),
+            cooldown_ns=int(float(given.get("cooldown_s", 10)) * 1e9),
+            min_instances=given.get("min_instances", 1),
+            watermark=float(given.get("watermark", 0.05)),
+        )
 
 
 class Candidate(NamedTuple):

@@ -58,14 +58,14 @@ def groups_of(cluster: ClusterInfo, size: int | None) -> list[tuple[int, ...]]:
 class DcpPolicy(ServingEvents):
     """One lane per instance; a group's lanes draw on one account."""
 
-    def __init__(self, cluster: ClusterInfo, engine: EngineConfig, size: int | None = None,
+    def __init__(self, cluster: ClusterInfo, engine: EngineConfig, group: int | None = None,
                  dispatch: Dispatch = "least_outstanding") -> None:  # fmt: skip
         if engine.prefix_caching or engine.rule is not Rule.CHUNKED:
             raise ConfigError("system=dcp: use engine.prefix_caching=false and engine.scheduler=chunked")
         need_alike("dcp", cluster)
         self.cluster = cluster
         self.engine = engine
-        self.groups = [Group(members) for members in groups_of(cluster, size)]
+        self.groups = [Group(members) for members in groups_of(cluster, group)]
         self.home = {member: group for group in self.groups for member in group.members}
         self.lanes: dict[int, DcpLane] = {}  # by home
         self.by_id: dict[int, DcpLane] = {}

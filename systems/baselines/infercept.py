@@ -7,14 +7,31 @@ it. Otherwise `vllm`: independent instances behind a dispatcher.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from common.errors import ConfigError
-from common.sched.dispatch import Dispatch
+from common.options import Kind, refusal
+from common.sched.dispatch import DISPATCH, Dispatch
 from common.sched.lane import EngineConfig, LaneScheduler
 from common.types import ClusterInfo, Command, Event, Stage, SwapDone
 from systems.baselines.infercept_lane import InterceptLane
 from systems.baselines.vllm import VllmPolicy
 from systems.baselines.waste import Action, Rates
+
+
+class Actions:
+    """Some of the actions, `discard` among them: it always works."""
+
+    def read(self, name: str, value: Any) -> tuple[Action, ...]:
+        """As actions."""
+        names = [action.value for action in Action]
+        given = value if isinstance(value, list | tuple) else ()
+        if "discard" not in given or not all(isinstance(one, str) and one in names for one in given):
+            raise refusal(name, value, f"give a list of {', '.join(names)}; discard must be among them")
+        return tuple(Action(one) for one in given)
+
+
+OPTIONS: dict[str, Kind] = {"actions": Actions(), "dispatch": DISPATCH}
 
 
 class InferCeptPolicy(VllmPolicy):

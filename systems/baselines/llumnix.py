@@ -11,11 +11,13 @@ what a leap hides, and only its end or a report would tell, decides nothing here
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import inf
+from typing import Any
 
 from common.errors import ConfigError
+from common.options import MOST_SECONDS, Kind, Number, Switch, period_ms, refusal
 from common.policy import Gauge
 from common.sched.lane import EngineConfig, Seq
 from common.sched.migrating import MigratingLane
@@ -40,6 +42,30 @@ from common.types import (
 OWN_IDS = 1 << 60  # lanes number their commands from lane << 32
 
 
+class Drains:
+    """[[seconds, instance], …]."""
+
+    def read(self, name: str, value: Any) -> list[tuple[float, int]]:
+        """Pairs; null is none."""
+        given = [] if value is None else value
+        if not isinstance(given, list | tuple) or not all(self._is_pair(pair) for pair in given):
+            raise refusal(name, value, "give [[seconds, instance], …], or []")
+        return [(pair[0], pair[1]) for pair in given]
+
+    def _is_pair(self, pair: Any) -> bool:
+        return (isinstance(pair, list | tuple) and len(pair) == 2 and not any(isinstance(one, bool) for one in pair)
+                and isinstance(pair[0], int | float) and 0 <= pair[0] <= MOST_SECONDS
+                and isinstance(pair[1], int))  # fmt: skip
+
+
+OPTIONS: dict[str, Kind] = {
+    "poll_ms": period_ms(),
+    "threshold": Number(high=1e6),
+    "migrate": Switch(),
+    "drain": Drains(),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class LlumnixConfig:
     """`threshold`: blocks per running request below which an instance is a source (and from which on it may be a
@@ -50,18 +76,28 @@ class LlumnixConfig:
     migrate: bool = True
     drain: tuple[tuple[int, int], ...] = ()
 
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> LlumnixConfig:
+        """From options that were checked against `OPTIONS`."""
+        return LlumnixConfig(
+            poll_ns=int(float(given.get("poll_ms", 100)) * 1e6),
+            threshold=float(given.get("threshold", 3.0)),
+            migrate=given.get("migrate", True),
+            drain=tuple((int(seconds * 1e9), instance) for seconds, instance in given.get("drain", ())),
+        )
+
 
 class LlumnixPolicy:
     """Global scheduler and migration; each lane is a local scheduler."""
 
     def __init__(self, cluster: ClusterInfo, engine: EngineConfig, config: LlumnixConfig) -> None:
-        num = len(cluster.instances)
+        num, told = len(cluster.instances), [[at_ns / 1e9, instance] for at_ns, instance in config.drain]
         if engine.prefix_caching:
             raise ConfigError("system=llumnix does not cache prefixes: use engine.prefix_caching=false")
         if any(not 0 <= instance < num for _, instance in config.drain):
-            raise ConfigError(f"system.drain: give [[seconds, instance], …] of the {num} instances, or []")
+            raise refusal("system.drain", told, f"give [[seconds, instance], …] of the {num} instances, or []")
         if len({instance for _, instance in config.drain}) == num:
-            raise ConfigError("system.drain: leave an instance that serves")
+            raise refusal("system.drain", told, "leave an instance that serves")
         self.cluster = cluster
         self.engine = replace(engine, max_leap=1)
         self.config = config

@@ -7,10 +7,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import ConfigError
+from common.options import Choice, Kind, Number, Switch, Whole, checked, period_ms, share, shown, time_ms
+from common.sched.dispatch import DISPATCH
 
 MODES = ("proactive", "reactive", "debt", "off")
 CREDITORS = ("most_free", "random")
 MS = 1_000_000
+OPTIONS: dict[str, Kind] = {
+    "mode": Choice(MODES),
+    "dispatch": DISPATCH,
+    "pace": Whole(),
+    "period_ms": period_ms(),
+    "lease_ms": time_ms(),
+    "margin_ms": time_ms(),
+    "low_share": share(),
+    "hysteresis": Number(high=1e6),
+    "horizon_iterations": Whole(1),
+    "verify_ms": period_ms(),
+    "plan_limit": Whole(null=True),
+    "locality": Switch(),
+    "creditor": Choice(CREDITORS),
+    "overlap": Switch(),
+    "move_overlap": Switch(),
+    "lend_cap": Number(0.0, 1.0, above=True),
+    "cpu_share": share(),
+    "dgfm": Switch(),
+    "dgfm_threshold": Whole(1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,39 +62,16 @@ class Settings:
 
 
 def from_options(options: Mapping[str, Any]) -> Settings:
-    """Settings from the keys of conf/system/infinite_llm.yaml."""
-    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    """Settings from the keys of conf/system/infinite_llm.yaml, checked."""
+    given = checked(options, OPTIONS)
     for name in ("period", "lease", "margin", "verify"):
         if f"{name}_ms" in given:
             given[f"{name}_ns"] = int(given.pop(f"{name}_ms") * MS)
-    known = set(Settings.__dataclass_fields__)
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"system.{key} is unknown for infinite_llm")
     made = Settings(**given)
-    _check_names(made)
-    for key in ("locality", "overlap", "move_overlap", "dgfm"):
-        if not isinstance(getattr(made, key), bool):
-            raise ConfigError(f"system.{key}={getattr(made, key)!r}: use true or false")
-    if isinstance(made.cpu_share, bool) or not 0 <= made.cpu_share <= 1:
-        raise ConfigError(f"system.cpu_share={made.cpu_share!r}: give a number from 0 to 1")
-    if not 0 < made.lend_cap <= 1 or made.dgfm_threshold < 1:
-        raise ConfigError("system: need 0 < lend_cap <= 1 and dgfm_threshold >= 1")
-    if made.plan_limit is not None and made.plan_limit < 0:
-        raise ConfigError(f"system.plan_limit={made.plan_limit}: give a number of plans, or null")
     if made.mode == "debt" and made.creditor == "random":
         raise ConfigError("system.creditor=random is an ablation of mode=proactive and reactive, not of debt")
-    if made.pace < 0 or min(made.period_ns, made.verify_ns) <= 0 or made.margin_ns + 3 * made.period_ns > made.lease_ns:
-        raise ConfigError("system: need pace >= 0, verify_ms > 0 and lease_ms >= margin_ms + 3 x period_ms")
+    if made.margin_ns + 3 * made.period_ns > made.lease_ns:
+        times = ((key, getattr(made, f"{key}_ns") / MS) for key in ("lease", "margin", "period"))
+        told = ", ".join(f"system.{key}_ms={shown(value)}" for key, value in times)
+        raise ConfigError(f"{told}: need lease_ms >= margin_ms + 3 x period_ms")
     return made
-
-
-def _check_names(made: Settings) -> None:
-    if made.mode not in MODES:
-        raise ConfigError(f"system.mode={made.mode!r} is unknown; choose one of: {', '.join(MODES)}")
-    if made.dispatch not in ("round_robin", "least_outstanding"):
-        raise ConfigError(
-            f"system.dispatch={made.dispatch!r} is unknown; choose one of: round_robin, least_outstanding"
-        )
-    if made.creditor not in CREDITORS:
-        raise ConfigError(f"system.creditor={made.creditor!r} is unknown; choose one of: {', '.join(CREDITORS)}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from common.errors import ConfigError
+from common.options import Choice, Kind, Number, Switch, share
 from common.sched.fleet import FleetPolicy
 from common.sched.lane import EngineConfig, Seq
 from common.sched.moving import Mode
-from common.sched.plan import Candidate, FleetConfig
+from common.sched.plan import FLEET, Candidate, FleetConfig
 from common.sched.stock import Stock
 from common.types import ClusterInfo
 from systems.mell.batch import Batch
@@ -17,6 +19,17 @@ from systems.mell.bins import Weights
 from systems.mell.division import Boundaries, Migration, divide
 from systems.mell.groups import Groups
 from systems.mell.packing import Rules
+
+WEIGHTS = ("weight_free", "weight_requests", "weight_node")
+OPTIONS: dict[str, Kind] = {
+    "rules": Choice(get_args(Rules)),
+    "migration": Choice(get_args(Migration)),
+    "batching": Switch(),
+    **{key: Number(high=1e6) for key in WEIGHTS},
+    "link_share": share(),
+    "compute_share": share(),
+    **FLEET,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,17 @@ class MellConfig:
     weights: Weights = field(default_factory=Weights)
     link_share: float = 0.5
     compute_share: float = 0.2
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> MellConfig:
+        """From options that were checked against `OPTIONS`."""
+        own = {key: given[key] for key in ("rules", "migration", "batching") if key in given}
+        return MellConfig(
+            **own,
+            weights=Weights(*(float(given.get(key, 1.0)) for key in WEIGHTS)),
+            link_share=float(given.get("link_share", 0.5)),
+            compute_share=float(given.get("compute_share", 0.2)),
+        )
 
 
 @dataclass

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from common.errors import ConfigError
+from common.options import (
+    LEAST_PERIOD_MS,
+    MOST_SECONDS,
+    Choice,
+    Group,
+    Kind,
+    Number,
+    Switch,
+    Whole,
+    checked,
+    refusal,
+    share,
+    shown,
+    time_s,
+)
 from systems.memserve.node import ORDERS
 
 
@@ -32,10 +47,51 @@ MODES = ("by_layer", "by_request", "by_request_agg")
 POLICIES = ("round_robin", "least_load", "session", "prompt_tree_longest", "prompt_tree_cost", "mooncake",
             "sglang_router")  # fmt: skip
 EVICTIONS = tuple(ORDERS)
-CHOICES: tuple[tuple[str, Collection[str]], ...] = (
-    ("design", DESIGNS), ("transfer", MODES), ("policy", POLICIES), ("eviction", EVICTIONS),
-)  # fmt: skip
 ROLES = {"P": "prefill", "D": "decode", "C": "both"}
+FORM = "give the form 1P2D (P, D, or C for both in one), a list of prefill, decode and both, or null"
+
+
+class Roles:
+    """Of instances; whether they fit the cluster is told later (`Options.role_of`)."""
+
+    def read(self, name: str, value: Any) -> str | Sequence[str] | None:
+        """As given."""
+        if value is None:
+            return None
+        if isinstance(value, str) and re.fullmatch("([0-9]{1,6}[PDC])+", value) and re.search("[1-9]", value):
+            return value
+        if isinstance(value, list | tuple) and all(isinstance(role, str) and role in ROLES.values() for role in value):
+            return value
+        raise refusal(name, value, FORM)
+
+
+LINK = Number(0.001)  # GB/s
+OPTIONS: dict[str, Kind] = {
+    "design": Choice(tuple(DESIGNS)),
+    "roles": Roles(),
+    "transfer": Choice(MODES),
+    "communicators": Whole(1),
+    "ordered": Switch(),
+    "policy": Choice(POLICIES),
+    "fetch": Switch(),
+    "guard_s": time_s(null=True),
+    "decode_slack": Whole(),
+    "tree_ttl_s": time_s(),
+    "local_ttl_s": time_s(null=True),
+    "eviction": Choice(EVICTIONS),
+    "swap": Switch(),
+    "swap_low": share(),
+    "swap_high": share(),
+    "heartbeat_s": Number(LEAST_PERIOD_MS / 1e3, MOST_SECONDS, zero=True),
+    "timeout_s": time_s(),
+    "restart": Switch(),
+    "balancing_threshold": Number(),
+    "router_match": share(),
+    "router_abs": Whole(),
+    "router_rel": Number(),
+    "planner": Group({"base_ms": Number(), "token_us": Number(), "pair_ns": Number(), "link_gb_s": LINK,
+                      "swap_gb_s": LINK}),
+}  # fmt: skip
 
 
 def num_calls(mode: str, num_blocks: int, num_layers: int, communicators: int) -> int:
@@ -104,36 +160,30 @@ class Options:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Options:
-        """Checked; ConfigError, one line, on what is not there."""
-        values = dict(options)
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ConfigError(f"system.{unknown[0]} is unknown; choose of: {', '.join(known)}")
-        for key, choice in CHOICES:
-            if values.get(key, getattr(cls(), key)) not in choice:
-                raise ConfigError(f"system.{key}={values[key]!r} is unknown; choose one of: {', '.join(choice)}")
-        if "planner" in values and not isinstance(values["planner"], Planner):
+        """From conf/system/memserve.yaml, checked."""
+        values = checked(options, OPTIONS)
+        if "planner" in values:
             values["planner"] = Planner(**values["planner"])
         return cls(**values)
 
     def role_of(self, num_instances: int) -> list[str]:
         """Role by instance: `1P2D` (repeated over the cluster), a list of prefill | decode | both, or halves."""
         split = DESIGNS[self.design].split
+        OPTIONS["roles"].read("system.roles", self.roles)
         if self.roles is None:
             half = max(1, num_instances // 2)
             roles = ["prefill"] * half + ["decode"] * (num_instances - half) if split else ["both"] * num_instances
         elif isinstance(self.roles, str):
-            parts = re.findall(r"(\d+)([PDC])", self.roles)
-            if "".join(num + kind for num, kind in parts) != self.roles:
-                raise ConfigError(f"system.roles={self.roles!r} is not of the form 1P2D (P, D or C for colocated)")
-            once = [ROLES[kind] for num, kind in parts for _ in range(int(num))]
+            parts = re.findall("([0-9]+)([PDC])", self.roles)
+            once = [ROLES[kind] for num, kind in parts for _ in range(min(int(num), num_instances))]
             roles = [once[index % len(once)] for index in range(num_instances)]
         else:
             roles = [str(role) for role in self.roles]
         bad = len(roles) != num_instances or any(role not in ROLES.values() for role in roles)
         if bad or (not split and set(roles) != {"both"}):
-            raise ConfigError(f"system.roles={self.roles!r} does not fit {num_instances} instances of {self.design}")
+            raise ConfigError(f"system.roles={shown(self.roles)} does not fit {num_instances} instances of "
+                              f"{self.design}")  # fmt: skip
         if "both" not in roles and len(set(roles)) < 2:
-            raise ConfigError(f"system.roles: {self.design} needs prefill and decode instances, or both in one")
+            raise ConfigError(f"system.roles={shown(self.roles)}: {self.design} needs prefill and decode instances "
+                              f"among these {num_instances}, or both in one")  # fmt: skip
         return roles
