@@ -43,7 +43,7 @@ class Dispatcher:
 
     def added(self, instance: int) -> None:
         """A lane is new in `lanes`."""
-        self._chosen.setdefault(instance, 0)
+        self._chosen[instance] = 0  # also one that is back: it is as new
         if len(self.lanes) == SCANNED + 1:
             self._rank()
         self.note(instance, self.lanes[instance])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common.errors import ConfigError
@@ -51,7 +51,15 @@ def test_one_pipeline_of_all(load):
     Run(load, VllmPpPolicy(load.model().info(), load.engine(), 4), check=check).drive()
 
 
+BACK_BETWEEN_EQUALS = Load(  # an instance that is back is as new to both: nobody has chosen it yet
+    requests=((1000, 16, 10), (0, 150, 10), (1000, 300, 60), (4000, 100, 30), (4000, 100, 30), (0, 200, 10), (0, 16, 1),
+              (0, 1, 30), (0, 1, 1), (0, 200, 10), (0, 8, 120), (0, 200, 1)),
+    instances=4, blocks=12, layers=6, losses=((1153, 1),), back=True, budget=256, max_num_seqs=64, host_blocks=0,
+    max_leap=7)  # fmt: skip
+
+
 @law(40)
+@example(BACK_BETWEEN_EQUALS)
 @given(loads())
 def test_with_one_stage_it_is_vllm_to_the_nanosecond(load):
     model = load.model()
