@@ -186,8 +186,8 @@ def test_no_folder_no_log_no_configuration(folder: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"system": {"name": "orca"}}, "system=orca is unknown"),
-    ({"system": {"name": "kunserve", "poll_ms": "often"}}, "makes no policy of its configuration"),
+    ({"system": {"name": "orca"}}, "system='orca' is unknown"),
+    ({"system": {"name": "kunserve", "poll_ms": "often"}}, "system.poll_ms='often': give a number"),
     ({"engine": {"block_size": 16}}, "engine.kv_blocks is missing"),
     ({"cluster": {"num_instances": 0}}, "cluster.num_instances=0: give a whole number"),
     ({"cluster": {"num_instances": 2}}, "no configuration of this version"),
