@@ -248,9 +248,13 @@ class WallExecutor(DistExecutor):
 
     def copy_stopped(self, command: CopySpan) -> None:
         """Its cells may be another's soon: what still comes must not be put there."""
-        key = self._copying.pop(command.command_id, None)
+        self._stopped(self._copying, command.command_id, command.dst)
+
+    def _stopped(self, under_way: dict[int, Key], command_id: int, instance: int) -> None:
+        """Tell an instance's worker that nobody wants any more what is on its way there for a command."""
+        key = under_way.pop(command_id, None)
         if key is not None and self._others.pop(key, None) is not None:
-            self.world.abandon(command.dst, key[1])
+            self.world.abandon(instance, key[1])
 
     def layers_loaded(self, command: LoadLayers, missing: Sequence[int], loaded: Callable[[], None]) -> None:
         """Tell both ends; the destination will say when they are there."""
@@ -271,6 +275,4 @@ class WallExecutor(DistExecutor):
 
     def load_stopped(self, command: LoadLayers) -> None:
         """As `copy_stopped`."""
-        key = self._loading.pop(command.command_id, None)
-        if key is not None and self._others.pop(key, None) is not None:
-            self.world.abandon(command.instance, key[1])
+        self._stopped(self._loading, command.command_id, command.instance)

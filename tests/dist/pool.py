@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,26 +83,6 @@ def after_orders(hub: Hub, actions: dict[int, Callable[[], object]]) -> None:
         return number
 
     hub.post = give  # type: ignore[method-assign]
-
-
-class Overdue(Exception):
-    """A run that hangs."""
-
-
-@contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    """Overdue, if what is inside takes longer (main thread)."""
-
-    def ring(number: int, frame: object) -> None:
-        raise Overdue(f"still running after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

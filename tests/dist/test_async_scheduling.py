@@ -15,7 +15,7 @@ from common.comm.stage import further
 from common.engine.cells import CellStore
 from common.engine.work import Batch, Work, plan_band
 from common.types import Span
-from tests.dist.pool import at_most
+from tests.deadline import at_most
 from tests.dist.stories import Story, play
 from tests.engine.worlds import check_replies
 from tests.laws.strategies import law

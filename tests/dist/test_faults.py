@@ -23,7 +23,8 @@ from common.config import compose
 from common.errors import ConfigError, KVPlaneError
 from common.log import Delivered, read_log
 from common.types import RequestStatus, StepDone, Tier
-from tests.dist.pool import after_orders, at_most, gone, nothing_left, own_hub
+from tests.deadline import at_most
+from tests.dist.pool import after_orders, gone, nothing_left, own_hub
 from tests.dist.stories import BASELINES, STORIES, play
 from tests.engine.worlds import tiny_spec
 from tests.fakes import cluster

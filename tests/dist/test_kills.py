@@ -16,7 +16,8 @@ from common.comm.hub import Hub, Timeouts
 from common.comm.peers import KINDS
 from common.log import Delivered
 from common.types import RequestStatus, StepDone
-from tests.dist.pool import after_orders, at_most, nothing_left, own_hub
+from tests.deadline import at_most
+from tests.dist.pool import after_orders, nothing_left, own_hub
 from tests.dist.stories import STORIES, play, replay
 from tests.engine.worlds import check_replies
 from tests.laws.strategies import NIGHTLY

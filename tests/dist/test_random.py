@@ -16,7 +16,8 @@ from common.executors.dist import DistExecutor
 from common.executors.sim import SimExecutor
 from common.record import RequestColumns, RunRecord
 from tests.contract.nomads import Case, Nomads
-from tests.dist.pool import at_most, own_hub, shared_hub
+from tests.deadline import at_most
+from tests.dist.pool import own_hub, shared_hub
 from tests.engine.worlds import check_replies, source_of, tiny_spec
 from tests.fakes import FakeWorkload
 from tests.laws.strategies import law

@@ -17,7 +17,8 @@ from common.comm.ray_launch import RayLauncher, installed
 from common.config import compose
 from common.errors import ConfigError, KVPlaneError
 from common.types import RequestStatus
-from tests.dist.pool import after_orders, at_most, gone, own_hub_closed
+from tests.deadline import at_most
+from tests.dist.pool import after_orders, gone, own_hub_closed
 from tests.dist.stories import BASELINES, STORIES, play
 from tests.dist.test_torchrun import SCENE
 

@@ -13,7 +13,8 @@ from common.build_local import decoder_spec, parameter_source
 from common.comm.peers import KINDS
 from common.log import LogFile, read_log
 from common.types import RequestStatus
-from tests.dist.pool import at_most, shared_hub
+from tests.deadline import at_most
+from tests.dist.pool import shared_hub
 from tests.dist.stories import BASELINES, COMMON, MORE_BASELINES, STORIES, Story, play, replay
 from tests.engine.worlds import check_replies
 from tests.laws.strategies import NIGHTLY

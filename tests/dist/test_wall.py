@@ -12,7 +12,8 @@ from common.build_local import decoder_spec, parameter_source
 from common.comm.hub import Timeouts
 from common.comm.worker import start_worker
 from common.types import RequestStatus
-from tests.dist.pool import at_most, nothing_left, own_hub
+from tests.deadline import at_most
+from tests.dist.pool import nothing_left, own_hub
 from tests.dist.stories import BASELINES, STORIES, play, replay
 from tests.engine.worlds import check_replies
 

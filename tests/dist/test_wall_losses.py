@@ -23,7 +23,8 @@ from common.comm.hub import Gone, Hub, Timeouts
 from common.comm.join import join_groups, knock, store_of
 from common.executors.wall import WallExecutor
 from common.types import RequestStatus
-from tests.dist.pool import at_most, nothing_left, own_hub, own_hub_closed
+from tests.deadline import at_most
+from tests.dist.pool import nothing_left, own_hub, own_hub_closed
 from tests.dist.stories import STORIES, play
 from tests.dist.test_kills import survive
 from tests.engine.worlds import check_replies

@@ -14,7 +14,8 @@ from common.build_local import decoder_spec, parameter_source
 from common.comm.hub import Timeouts
 from common.comm.peers import KINDS
 from common.types import RequestStatus
-from tests.dist.pool import after_orders, at_most, nothing_left, own_hub
+from tests.deadline import at_most
+from tests.dist.pool import after_orders, nothing_left, own_hub
 from tests.dist.stories import BASELINES, STORIES, Play, play, replay
 from tests.engine.worlds import check_replies
 from tests.laws.strategies import NIGHTLY

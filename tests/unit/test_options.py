@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from common.config import available, compose
 from common.errors import ConfigError, KVPlaneError
 from common.options import Choice, Group, Kind, Number, Switch, Whole, checked
 from systems.registry import FACTORIES, KINDS, make_policy
+from tests.deadline import at_most
 
 BAD: tuple[Any, ...] = (
     "often", "", "x" * 1_000_000, "a\nb", -1, 0, 1, 1.5, 10**400, float("nan"), float("inf"), 1e300, 1e-300,
@@ -36,22 +34,6 @@ TOGETHER = {  # legal by themselves, but not with the others as they are
     ("vllm_pp", "stages"): "must divide",
     ("static_pp", "stages"): "must divide",
 }
-
-
-@contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """A hang is a failure, not a test that never ends."""
-
-    def late(number: int, frame: object) -> None:
-        raise TimeoutError(f"more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def kinds(name: str) -> dict[str, Kind]:
@@ -87,7 +69,7 @@ def test_a_value_works_or_is_refused_in_one_line(name: str) -> None:
               for key, group in given.items() if isinstance(group, dict) for sub in group for bad in BAD]  # fmt: skip
     refused = 0
     for path, key, options in cases:
-        with within(10):
+        with at_most(10):
             try:
                 make_policy(config.system, info, config.engine, options)
             except KVPlaneError as error:
@@ -109,7 +91,7 @@ def test_bounds_themselves_end_well(tmp_path: Path, capsys: pytest.CaptureFixtur
     cases = [(name, key, value) for name in ALIKE for key, kind in kinds(name).items() for value in sorted(edges(kind))]
     for name, key, value in cases:
         alone = ["system.against=null"] if name == "kunserve" else []
-        with within(30):
+        with at_most(30):
             status = cli.main([*base, f"system={name}", *alone, f"system.{key}={value}"])
         error = capsys.readouterr().err.strip()
         refusal = TOGETHER.get((name, key))
